@@ -1,0 +1,1 @@
+"""Serve the model you trained, from the code you trained it with."""

@@ -1,0 +1,162 @@
+"""Engine options: frozen records, checked once.
+
+Each component takes its own record. The CLI's engine flags and the keyword arguments of `LLM` are both derived from the fields
+here (`EngineConfig.from_options`), so a field is a promise: name, default and help text live in one place. Values of "auto" and
+None are resolved once, by the engine, into what `shardwright serve` logs at start; nothing writes to a record afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shardwright.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+Policy = Literal["fcfs", "priority"]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that is also a command-line flag and a keyword argument."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from an integer or a size such as `512MiB`, `2GiB` or `4GB`. Raises ConfigError."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size in bytes: write 2147483648, 2GiB or 512MiB")
+    number, prefix, binary = match.groups()
+    power = " kmgt".index(prefix.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def check_positive(record: Any, *names: str) -> None:
+    """Raise ConfigError if one of the named fields is set and below 1."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} is {value!r} but must be a whole number of at least 1")
+
+
+def check_choice(record: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError if the named field is none of the choices."""
+    value = getattr(record, name)
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r} but must be one of: {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model, and how it is built."""
+
+    model: str
+    """A directory, a hub id, or `smollm2-135m`, the starter model."""
+    tokenizer: str | None = option(None, "Directory or hub id of the tokenizer; default: the model's own.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    dtype: DType = option("auto", "Type of weights and activations; auto: what the checkpoint says.")
+    load_format: LoadFormat = option(
+        "auto", "How weights are read; dummy: random ones, to try a configuration without its checkpoint."
+    )
+    trust_remote_code: bool = option(False, "Run the modeling code that lies in the model directory.")
+    max_model_len: int | None = option(
+        None, "Most tokens of prompt and output together; default: what the model's config allows."
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto: a GPU if there is one.")
+    seed: int = option(0, "Seed of sampling for requests that give none.")
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("no model given: name a directory, a hub id, or smollm2-135m")
+        check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        check_choice(self, "load_format", ("auto", "safetensors", "dummy"))
+        check_choice(self, "device", ("auto", "cpu", "cuda"))
+        check_positive(self, "max_model_len")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """Memory for keys and values."""
+
+    block_size: int = option(16, "Tokens per block of the KV cache.")
+    kv_cache_memory_bytes: int | None = option(
+        None, "Memory for the KV cache, e.g. 2GiB; default: measured from what is free once the model is loaded."
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "Share of the device's memory that weights, activations and KV cache may fill (GPU only)."
+    )
+    enable_prefix_caching: bool = option(True, "Reuse keys and values of prompts that begin alike.")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "block_size", "kv_cache_memory_bytes")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization} but must be over 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """What may run together in one step."""
+
+    max_num_seqs: int = option(64, "Most sequences running at once.")
+    max_num_batched_tokens: int | None = option(
+        None, "Most tokens computed in one step; default: 2048, or max_model_len without chunked prefill."
+    )
+    enable_chunked_prefill: bool = option(True, "Split long prompts over steps, beside running decodes.")
+    scheduling_policy: Policy = option("fcfs", "fcfs: first come, first served; priority: lowest number first.")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_num_seqs", "max_num_batched_tokens")
+        check_choice(self, "scheduling_policy", ("fcfs", "priority"))
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs, which is "
+                f"{self.max_num_seqs}: every running sequence needs one token a step"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """All that one engine needs."""
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @classmethod
+    def from_options(cls, model: str, **options: Any) -> EngineConfig:
+        """Build the records from flat options, named as the fields.
+
+        Raises: ConfigError for an unknown option (with the nearest name) or a bad value.
+        """
+        known = {f.name: part for part, f in engine_options()}
+        if unknown := [name for name in options if name not in known]:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown engine option {unknown[0]!r}{hint}")
+        if isinstance(options.get("kv_cache_memory_bytes"), str):
+            options["kv_cache_memory_bytes"] = parse_bytes(options["kv_cache_memory_bytes"])
+        parts: dict[str, dict[str, Any]] = {"model": {"model": model}, "cache": {}, "scheduler": {}}
+        for name, value in options.items():
+            parts[known[name]][name] = value
+        return cls(
+            model=ModelConfig(**parts["model"]),
+            cache=CacheConfig(**parts["cache"]),
+            scheduler=SchedulerConfig(**parts["scheduler"]),
+        )
+
+
+def engine_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every option of the engine as (name of its record, field), in the order of `--help`."""
+    for part, record in (("model", ModelConfig), ("cache", CacheConfig), ("scheduler", SchedulerConfig)):
+        for f in dataclasses.fields(record):
+            if "help" in f.metadata:
+                yield part, f

@@ -1,0 +1,103 @@
+"""What crosses the border between the front end (LLM, server) and the engine core, in one process or two.
+
+Plain msgspec records, never pickled. The front end owns text; the core owns tokens.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shardwright.outputs import FinishReason
+from shardwright.sampling_params import SamplingParams
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate: a completion of a user's request. Made by the front end, read by the core."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    """With `n` 1 and `max_tokens` set."""
+    eos_token_ids: list[int] = []
+    """Tokens that end the output as end-of-sequence; empty with `ignore_eos`."""
+    arrival_time: float = 0.0
+    """time.monotonic() of the front end."""
+    priority: int = 0
+    """Lower runs first under the priority policy."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the chosen token first, then the likeliest."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+    """Rank of the chosen token, 1 for the likeliest."""
+
+
+class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step brought for one sequence."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token id, unless it was end-of-sequence."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One per new token."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For the prompt tokens computed in this step, from the second token on."""
+    num_cached_tokens: int = 0
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """State of the scheduler after a step; counters grow from the engine's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Blocks that no sequence holds; some keep cached prefixes until they are needed."""
+    num_preemptions: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of blocks held by sequences, from 0 to 1."""
+        return 1 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+class EngineOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step brought."""
+
+    outputs: list[EngineOutput]
+    stats: SchedulerStats
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the core found out at start: the resolved configuration."""
+
+    model: str
+    """As the user named it."""
+    path: str
+    model_type: str
+    architecture: str
+    dtype: str
+    device: str
+    num_parameters: int
+    weight_bytes: int
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    attention_rung: str
+    attention_reason: str
+
+
