@@ -101,3 +101,51 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention_reason: str
 
 
+
+
+class Add(msgspec.Struct, frozen=True, tag="add", array_like=True):
+    """Queue a sequence."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
+    """End sequences, wherever they are."""
+
+    request_ids: list[str]
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache", array_like=True):
+    """Forget cached prefixes."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
+    """End the core process."""
+
+
+Command = Add | Abort | ResetPrefixCache | Shutdown
+"""What the front end sends to a core in another process."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    """The core has loaded its model."""
+
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs", array_like=True):
+    """A step is done."""
+
+    outputs: EngineOutputs
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
+    """The core cannot start, or cannot go on; its process ends."""
+
+    kind: str
+    """Name of the class in shardwright.errors to raise."""
+    message: str
+
+
+Event = Ready | Outputs | Failed
+"""What a core in another process sends to the front end."""

@@ -1,0 +1,135 @@
+"""Find out by one short forward pass what attention a module asks for: every call, its heads, scale, window and extras.
+
+The calls of a forward are numbered in order; call i is layer i of the cache. That holds for modules that run more than once and for
+layers that reuse another's keys and values, whatever they are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.adapt.dispatch import PROBE, handling
+from shardwright.adapt.visibility import read_visibility
+from shardwright.attention.layout import AttentionParams
+from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
+from shardwright.errors import UnsupportedModelError
+
+NUM_PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One attention call of the forward, as it will come at every step."""
+
+    module: nn.Module
+    spec: LayerSpec
+    params: AttentionParams
+
+
+class ProbeHandler:
+    """Records the attention calls of a forward pass and answers them with values of the right shape."""
+
+    def __init__(self, model: nn.Module, num_positions: int) -> None:
+        self.calls: list[AttentionCall] = []
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._num_positions = num_positions
+        self._visibilities: dict[int, Visibility] = {}
+        self._masks: list[Tensor] = []
+
+    def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor:
+        """A mask that lets everything through; its storage tells later which one it is, also through slices."""
+        visibility = read_visibility(
+            mask_function, num_positions=self._num_positions, size_hint=options.get("local_size")
+        )
+        shape = (1, 1, options.get("q_length", NUM_PROBE_TOKENS), options.get("kv_length", NUM_PROBE_TOKENS))
+        mask = torch.zeros(shape, dtype=options.get("dtype", torch.float32), device=options.get("device"))
+        self._masks.append(mask)  # keeps the storage alive, so that its identity stays unique
+        self._visibilities[mask.untyped_storage()._cdata] = visibility
+        return mask
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        name = self._names.get(id(module), type(module).__name__)
+        if query.ndim != 4 or query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2]:
+            raise UnsupportedModelError(
+                f"{name} attends from {tuple(query.shape)} to {tuple(key.shape)}: not causal self-attention over the same tokens"
+            )
+        if query.shape[1] % key.shape[1]:
+            raise UnsupportedModelError(f"{name} has {query.shape[1]} query heads for {key.shape[1]} KV heads")
+        if options.get("is_causal") is False or (mask is None and getattr(module, "is_causal", True) is False):
+            raise UnsupportedModelError(f"{name} asks for attention that is not causal")
+        for bias in ("position_bias", "attention_bias", "alibi"):
+            if options.get(bias) is not None:
+                raise UnsupportedModelError(f"{name} adds a {bias} to its attention scores")
+        scale = options.get("scaling")
+        self.calls.append(
+            AttentionCall(
+                module,
+                LayerSpec(
+                    name=name,
+                    num_heads=query.shape[1],
+                    num_kv_heads=key.shape[1],
+                    key_dim=key.shape[3],
+                    value_dim=value.shape[3],
+                    visibility=self._visibility(name, mask, options.get("sliding_window")),
+                ),
+                AttentionParams(
+                    scale=float(scale) if scale is not None else query.shape[3] ** -0.5,
+                    softcap=options.get("softcap"),
+                    sinks_H=options.get("s_aux"),
+                ),
+            )
+        )
+        return value.mean(1, keepdim=True).expand(-1, query.shape[1], -1, -1).transpose(1, 2).contiguous()
+
+    def _visibility(self, name: str, mask: Tensor | None, sliding_window: int | None) -> Visibility:
+        if mask is None:  # the code leaves the mask to the attention function
+            return Visibility(VisibilityKind.SLIDING, sliding_window) if sliding_window else Visibility()
+        visibility = self._visibilities.get(mask.untyped_storage()._cdata)
+        if visibility is None:
+            raise UnsupportedModelError(f"{name} uses an attention mask that its code builds itself")
+        return visibility
+
+
+@torch.inference_mode()
+def probe_attention(model: nn.Module, *, num_positions: int) -> list[AttentionCall]:
+    """Run a few tokens through the model, on the device it is on ("meta" too), and record its attention calls.
+
+    Args:
+        model: a Transformers model in eval mode; its attention implementation is changed.
+        num_positions: longest sequence that will be served.
+
+    Raises: UnsupportedModelError saying what stands in the way of serving it through the attention interface.
+    """
+    device = next(model.parameters()).device
+    handler = ProbeHandler(model, num_positions)
+    set_attention(model, PROBE)
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)}
+    if device.type == "meta":  # with positions the mask code would look at their values
+        inputs["attention_mask"] = torch.ones(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)
+    else:
+        inputs["position_ids"] = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
+    try:
+        with handling(handler):
+            model(**inputs, use_cache=False)
+    except UnsupportedModelError:
+        raise
+    except Exception as exc:
+        raise UnsupportedModelError(f"a short forward pass failed: {type(exc).__name__}: {exc}") from exc
+    if not handler.calls:
+        raise UnsupportedModelError("its code never calls Transformers' attention interface")
+    return handler.calls
+
+
+def set_attention(model: nn.Module, implementation: str) -> None:
+    """Choose the attention function that the model's code will look up. Raises UnsupportedModelError."""
+    try:
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
+    except Exception as exc:
+        raise UnsupportedModelError(f"its attention cannot be replaced: {type(exc).__name__}: {exc}") from exc

@@ -1,0 +1,152 @@
+"""The user's module, ready to serve: packed tokens in, logits of chosen rows out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.adapt import dispatch
+from shardwright.adapt.probe import AttentionCall, probe_attention, set_attention
+from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.layout import AttentionBackend
+from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
+from shardwright.errors import UnsupportedModelError
+
+
+class AttentionRung(StrEnum):
+    """How a model's attention was captured, best first; `inspect` shows it. More rungs will come below this one."""
+
+    INTERFACE = "interface"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """What goes into the model's forward in one step: the tokens of all sequences, one after another."""
+
+    input_ids: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64: position of each token in its own sequence."""
+    slot_mappings: Sequence[Tensor]
+    """Per cache group, [T] int64: where each token's key and value go."""
+    plans: Sequence[Any]
+    """Per cache group, what AttentionBackend.prepare returned."""
+    logits_rows: Tensor
+    """[R] int64: tokens whose next-token logits are wanted."""
+
+
+class ServedModel:
+    """A Transformers model whose attention is ours.
+
+    Args:
+        module: in eval mode; on "meta" it can be looked at but not run.
+        num_positions: longest sequence that will be served.
+
+    Raises: UnsupportedModelError if no rung fits, with the reason.
+    """
+
+    def __init__(self, module: nn.Module, *, num_positions: int) -> None:
+        dispatch.register()
+        self.module = module
+        self.rung = AttentionRung.INTERFACE
+        _check_signature(module)
+        self.calls: list[AttentionCall] = probe_attention(module, num_positions=num_positions)
+        self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
+        self.layers: list[LayerSpec] = [call.spec for call in self.calls]
+        self.groups: list[CacheGroup] = group_layers(self.layers)
+        self.head = _output_head(module)
+        set_attention(module, dispatch.SERVE)
+
+    def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
+        """Run one step.
+
+        Returns: [R, vocab_size] logits, model dtype, for the rows asked for.
+        """
+        handler = PagedAttention(self.calls, cache, backend, inputs)
+        with dispatch.handling(handler), _rows_before_head(self.head, inputs.logits_rows):
+            output = self.module(
+                input_ids=inputs.input_ids[None], position_ids=inputs.position_ids[None], use_cache=False
+            )
+        logits: Tensor = output.logits[0]
+        # A head that is no module of its own has computed all rows.
+        return logits if len(logits) == len(inputs.logits_rows) else logits[inputs.logits_rows]
+
+
+class PagedAttention:
+    """Answers the attention calls of one forward pass from the paged cache."""
+
+    def __init__(
+        self, calls: list[AttentionCall], cache: KVCache, backend: AttentionBackend, inputs: ForwardInputs
+    ) -> None:
+        self._calls = calls
+        self._cache = cache
+        self._backend = backend
+        self._inputs = inputs
+        self._next = 0
+
+    def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor | None:
+        """Never needed: causality and windows are in the plans."""
+        return None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        index = self._next
+        self._next += 1
+        call = self._calls[index]
+        if call.module is not module:
+            raise UnsupportedModelError(
+                f"attention call {index} came from another module than at load ({call.spec.name}): "
+                "the order of its layers depends on the data"
+            )
+        layer, group = self._cache.layers[index], self._cache.group_of_layer[index]
+        key_TKD, value_TKV = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
+        return self._backend.forward(
+            query[0].transpose(0, 1), key_TKD, value_TKV, layer, self._inputs.plans[group], call.params
+        )[None]
+
+
+class _rows_before_head:
+    """While open, the head computes only the rows asked for: logits of a whole prompt would be most of its memory."""
+
+    def __init__(self, head: nn.Module | None, rows: Tensor) -> None:
+        self._head = head
+        self._rows = rows
+        self._hook: Any = None
+
+    def __enter__(self) -> None:
+        if self._head is not None:
+            self._hook = self._head.register_forward_pre_hook(self._select)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _select(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].index_select(1, self._rows), *args[1:])
+
+
+def _output_head(module: nn.Module) -> nn.Module | None:
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _check_signature(module: nn.Module) -> None:
+    parameters = inspect.signature(module.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "position_ids" not in parameters and not takes_any:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
+        )
+
+
+def on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with parameters and buffers on the device."""
+    return module if device.type == "cpu" else module.to(device)

@@ -1,0 +1,88 @@
+"""Storage of keys and values: flat rows per token, in lanes that cache groups share (see cache/spec.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardwright.cache.spec import CacheGroup, LayerSpec, lane_elements
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's view of its lane. Row `block * block_size + offset` holds one token."""
+
+    keys_NKD: Tensor
+    """[num_slots, num_kv_heads, key_dim]."""
+    values_NKV: Tensor
+    """[num_slots, num_kv_heads, value_dim]."""
+    block_size: int
+
+    def write(self, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        """Store the step's keys and values; `slot_mapping` is [T], int64."""
+        self.keys_NKD.index_copy_(0, slot_mapping, key_TKD.to(self.keys_NKD.dtype))
+        self.values_NKV.index_copy_(0, slot_mapping, value_TKV.to(self.values_NKV.dtype))
+
+    def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of whole blocks, one after another: keys [B * block_size, K, D] and values [B * block_size, K, V]."""
+        return self._gather(self.keys_NKD, blocks), self._gather(self.values_NKV, blocks)
+
+    def _gather(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        num_slots, num_heads, dim = rows.shape
+        blocked = rows.view(num_slots // self.block_size, self.block_size, num_heads, dim)
+        return blocked.index_select(0, blocks).view(-1, num_heads, dim)
+
+
+class KVCache:
+    """All keys and values of a rank.
+
+    Args:
+        layers: attention calls in order.
+        groups: which layers share block tables.
+        num_blocks: blocks of the pool, the null block not counted.
+        block_size: tokens per block.
+        dtype, device: of the storage. Memory is claimed when first written to (CPU).
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerSpec],
+        groups: list[CacheGroup],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        num_slots = (num_blocks + 1) * block_size
+        lanes = [
+            (
+                torch.empty(num_slots, keys, dtype=dtype, device=device),
+                torch.empty(num_slots, values, dtype=dtype, device=device),
+            )
+            for keys, values in lane_elements(layers, groups)
+        ]
+        self.layers: list[LayerCache] = []
+        self.group_of_layer: list[int] = []
+        places = {index: (g, lane) for g, group in enumerate(groups) for lane, index in enumerate(group.layers)}
+        for index, layer in enumerate(layers):
+            group, lane = places[index]
+            keys, values = lanes[lane]
+            self.layers.append(
+                LayerCache(
+                    _heads(keys, layer.num_kv_heads, layer.key_dim),
+                    _heads(values, layer.num_kv_heads, layer.value_dim),
+                    block_size,
+                )
+            )
+            self.group_of_layer.append(group)
+        # The null block is read, masked, where a table is padded: zeros, for not-a-number survives masking.
+        for keys, values in lanes:
+            keys[:block_size] = 0
+            values[:block_size] = 0
+
+
+def _heads(lane: Tensor, num_heads: int, dim: int) -> Tensor:
+    return lane[:, : num_heads * dim].view(-1, num_heads, dim)

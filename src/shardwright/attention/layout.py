@@ -1,0 +1,78 @@
+"""How the tokens of a step lie in the packed batch, and the protocol of a back end.
+
+Shape suffixes here and in the back ends: T tokens of the step, S sequences in it, H query heads, K key/value heads, G = H / K,
+D head size of queries and keys, V head size of values, L context length, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from shardwright.attention.kv_cache import LayerCache
+from shardwright.cache.spec import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """The sequences of one step, in packed order: sequence i owns tokens query_starts[i] to query_starts[i + 1].
+
+    Its first token in this step is at position `num_computed[i]` of the sequence; after the step its context is
+    `num_computed[i] + num_tokens[i]` tokens long.
+    """
+
+    num_computed: np.ndarray
+    """[S] int64."""
+    num_tokens: np.ndarray
+    """[S] int64."""
+    query_starts: np.ndarray
+    """[S + 1] int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """What one layer's code asks of its attention, the same at every step."""
+
+    scale: float
+    softcap: float | None = None
+    """Scores become softcap * tanh(scores / softcap)."""
+    sinks_H: Tensor | None = None
+    """A logit per head that takes part in the softmax and has no value."""
+
+
+class AttentionBackend(Protocol):
+    """Computes attention over the paged cache."""
+
+    block_size: int
+
+    def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> Any:
+        """Work done once per step and cache group.
+
+        Args:
+            layout: of the step.
+            block_tables: [S, max blocks] int32, rows in the order of the layout.
+            visibility: of the group's layers.
+
+        Returns: a plan for `forward`, whatever the back end likes.
+        """
+        ...
+
+    def forward(
+        self, query_THD: Tensor, key_TKD: Tensor, value_TKV: Tensor, cache: LayerCache, plan: Any, params: AttentionParams
+    ) -> Tensor:
+        """Attention of one layer; keys and values of this step are in the cache already.
+
+        Args:
+            query_THD: [T, H, D], model dtype.
+            key_TKD: [T, K, D], of this step's tokens.
+            value_TKV: [T, K, V], of this step's tokens.
+            cache: of this layer.
+            plan: from `prepare`, for this layer's group.
+            params: of this layer.
+
+        Returns: [T, H, V], dtype of the query.
+        """
+        ...

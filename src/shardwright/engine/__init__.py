@@ -1,0 +1,1 @@
+"""From requests to tokens: queueing, scheduling, the step, and turning tokens back into text."""

@@ -1,0 +1,90 @@
+"""A sequence as the scheduler sees it. The engine owns the truth: all tokens live here, workers hold copies."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from shardwright.cache.manager import BlockTables
+from shardwright.cache.prefix import extend_keys
+from shardwright.engine.messages import EngineRequest
+from shardwright.outputs import FinishReason
+
+
+class RequestState(Enum):
+    """Where a request is."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Request:
+    """One sequence from arrival to end. Changed by the scheduler only.
+
+    Args:
+        message: what the front end asked for.
+        sort_key: lower runs first; of two equal ones never both exist.
+    """
+
+    def __init__(self, message: EngineRequest, sort_key: tuple[int, int]) -> None:
+        self.request_id = message.request_id
+        self.params = message.sampling_params
+        self.eos_token_ids = frozenset(message.eos_token_ids)
+        self.sort_key = sort_key
+        self.state = RequestState.WAITING
+        self.token_ids = list(message.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        """Tokens whose keys and values are in the cache, or will be at the end of the step in flight."""
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens found in the prefix cache when it first ran."""
+        self.num_prompt_logprobs_sent = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.row: int | None = None
+        self.blocks: BlockTables | None = None
+        self._keys: list[bytes] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """All tokens that may end it: end-of-sequence and stop tokens."""
+        return [*self.eos_token_ids, *(self.params.stop_token_ids or [])]
+
+    def block_keys(self, block_size: int) -> list[bytes]:
+        """Content keys of its whole blocks so far."""
+        extend_keys(self._keys, self.token_ids, block_size)
+        return self._keys
+
+    def append(self, token_id: int, *, max_model_len: int) -> None:
+        """Take a sampled token and see whether it ends the request."""
+        self.token_ids.append(token_id)
+        if self.num_output_tokens >= self.params.min_tokens:
+            if token_id in self.eos_token_ids:
+                self.finish(FinishReason.STOP)
+                return
+            if token_id in (self.params.stop_token_ids or ()):
+                self.finish(FinishReason.STOP, stop_reason=token_id)
+                return
+        max_tokens = self.params.max_tokens
+        if (max_tokens is not None and self.num_output_tokens >= max_tokens) or self.num_tokens >= max_model_len:
+            self.finish(FinishReason.LENGTH)
+
+    def finish(self, reason: FinishReason, *, stop_reason: int | None = None) -> None:
+        """End it. What it holds is the scheduler's to release."""
+        self.state = RequestState.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason

@@ -1,0 +1,142 @@
+"""Build the user's module without its weights: parameters on "meta", buffers real.
+
+Parameters get their values from the checkpoint, so making them first would only cost time and memory. Buffers are different: rotary
+frequencies, masks and position tables are computed by the constructor and are in no checkpoint. Building everything on "meta", as is
+usual, forgets them, and code must say a second time how they are made. Here only parameters, and the allocations that become
+parameters, go to "meta"; all other tensor code of the constructor runs as its author wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import initialization as transformers_init
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from shardwright.config import DType
+from shardwright.errors import ModelSourceError, UnsupportedModelError
+from shardwright.loading.checkpoint import checkpoint_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """Read a model directory's config.
+
+    Raises: ModelSourceError if it cannot be read, is of no known type, or needs code that is not trusted.
+    """
+    try:
+        raw = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as exc:
+        raise ModelSourceError(f"cannot read {path / 'config.json'}: {exc}") from exc
+    model_type, auto_map = raw.get("model_type"), raw.get("auto_map") or {}
+    if auto_map and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        files = ", ".join(sorted({f"{reference.split('.')[0]}.py" for reference in auto_map.values()}))
+        raise ModelSourceError(
+            f"{path} brings its own modeling code ({files}), which would run on this machine: "
+            "read it, then pass --trust-remote-code (trust_remote_code=True) if you trust it"
+        )
+    if not auto_map and model_type not in CONFIG_MAPPING:
+        raise ModelSourceError(
+            f"{path / 'config.json'} has model_type {model_type!r}, which the installed Transformers does not know: "
+            "upgrade transformers, or add the model's own code to the directory with an auto_map"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as exc:
+        raise ModelSourceError(f"the config of {path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+
+
+def resolve_dtype(dtype: DType, config: PretrainedConfig, path: Path) -> torch.dtype:
+    """The type to serve in: as asked, else the config's, else the checkpoint's, else float32."""
+    if dtype != "auto":
+        resolved = getattr(torch, dtype)
+    else:
+        resolved = config.dtype or config.get_text_config().dtype or checkpoint_dtype(path) or torch.float32
+        if isinstance(resolved, str):
+            resolved = getattr(torch, resolved)
+    assert isinstance(resolved, torch.dtype)
+    return resolved
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest sequence that the model's config allows; None if it does not say."""
+    text_config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "block_size")
+    found = (getattr(text_config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def eos_token_ids(path: Path, config: PretrainedConfig) -> list[int]:
+    """End-of-sequence ids of the generation config, else of the config."""
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else [int(i) for i in ids]
+
+
+def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The causal LM of a config in eval mode: parameters on "meta", buffers as the code computes them.
+
+    Raises: UnsupportedModelError if the code fails; ModelSourceError if there is no causal LM for the config.
+    """
+    if not (
+        type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    ):
+        raise ModelSourceError(
+            f"model type {config.model_type!r} has no causal language model: shardwright serves decoders that generate text"
+        )
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(transformers_init.no_init_weights())
+            stack.enter_context(transformers_init.no_tie_weights())
+            stack.enter_context(parameters_on_meta())
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception as exc:
+        raise UnsupportedModelError(
+            f"the code of {config.model_type!r} failed while it built the model: {type(exc).__name__}: {exc}"
+        ) from exc
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """While open, every nn.Parameter lands on "meta", and uninitialised allocations are made there to begin with."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and param.device.type != "meta":
+            moved = type(param)(param.to("meta"), requires_grad=param.requires_grad)
+            moved.__dict__.update(param.__dict__)
+            module._parameters[name] = moved
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with _EmptyOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """torch.empty without a device gives a tensor on "meta": it is how layers allocate their weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

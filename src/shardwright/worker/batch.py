@@ -1,0 +1,63 @@
+"""What the scheduler asks of a worker in one step, and what comes back. Plain records, free of torch.
+
+Every running sequence owns a *row* of the worker's tables (token ids, block tables, sampling parameters). A batch carries only what
+is new to the worker: sequences that start or resume, and blocks added or dropped; sampled tokens the worker writes down by itself.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shardwright.engine.messages import TokenLogprobs
+from shardwright.sampling_params import SamplingParams
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that starts, or resumes after preemption, in a row."""
+
+    row: int
+    token_ids: list[int]
+    """Prompt and the output so far."""
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    stop_token_ids: list[int]
+    """Suppressed until `min_tokens` tokens exist."""
+
+
+class TableUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks to write into the block table of a row, from place `start` on."""
+
+    row: int
+    group: int
+    start: int
+    blocks: list[int]
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One step: `num_tokens[i]` tokens of row `rows[i]`, from position `num_computed[i]` on.
+
+    A row samples a token if the step computes the last token it knows.
+    """
+
+    rows: list[int]
+    num_computed: list[int]
+    num_tokens: list[int]
+    new_rows: list[NewRow]
+    table_updates: list[TableUpdate]
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.num_tokens)
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a step computed, by place in the batch's `rows`."""
+
+    token_ids: list[int | None]
+    """The sampled token; None where the prompt goes on."""
+    logprobs: dict[int, TokenLogprobs]
+    """For the rows that asked for them."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    """Of the tokens after each computed prompt position, for the rows that asked for them."""
+    errors: dict[int, str] = {}
+    """Rows whose logits were not numbers, and why no token could be sampled."""

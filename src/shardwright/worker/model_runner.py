@@ -1,0 +1,165 @@
+"""One rank: the model, its KV cache, and the tables of the running sequences.
+
+The tables mirror what the engine knows of each row, so that a step can be built with a few numpy operations whatever the number of
+requests. The engine stays the owner: a row is filled anew whenever its sequence starts or resumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardwright.adapt.served_model import ServedModel
+from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.layout import AttentionBackend
+from shardwright.engine.messages import TokenLogprobs
+from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.inputs import build_inputs
+from shardwright.worker.sampler import Sampler, prompt_logprobs
+from shardwright.worker.sampling_state import SamplingState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerLimits:
+    """Sizes of the tables."""
+
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int
+
+
+class ModelRunner:
+    """Carries out batches.
+
+    Args:
+        served: the model, weights loaded.
+        cache: its keys and values.
+        backend: computes its attention.
+        limits: sizes of the tables.
+        device: where it all lives.
+        seed: of sampling for requests that bring none.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        cache: KVCache,
+        backend: AttentionBackend,
+        limits: RunnerLimits,
+        *,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.served = served
+        self.cache = cache
+        self.backend = backend
+        self.device = device
+        max_blocks = -(-limits.max_model_len // backend.block_size)
+        self._token_rows = np.zeros((limits.max_num_seqs, limits.max_model_len), dtype=np.int32)
+        self._num_known = np.zeros(limits.max_num_seqs, dtype=np.int64)
+        self._num_prompt_logprobs = np.full(limits.max_num_seqs, -1, dtype=np.int64)
+        self._num_prompt_tokens = np.zeros(limits.max_num_seqs, dtype=np.int64)
+        self._block_tables = [np.zeros((limits.max_num_seqs, max_blocks), dtype=np.int32) for _ in served.groups]
+        self._sampling = SamplingState(limits.max_num_seqs, limits.vocab_size, device)
+        self._sampler = Sampler(seed=seed)
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> StepResult:
+        """Run one step: forward, sample, remember the sampled tokens."""
+        self._take_in(batch)
+        rows = np.array(batch.rows, dtype=np.int64)
+        num_computed = np.array(batch.num_computed, dtype=np.int64)
+        num_tokens = np.array(batch.num_tokens, dtype=np.int64)
+        ends = np.cumsum(num_tokens)
+        samples = np.flatnonzero(num_computed + num_tokens == self._num_known[rows])
+        scored = self._prompt_places(rows, num_computed, num_tokens)
+        logits_rows = np.concatenate([ends[samples] - 1, *(self._packed_places(ends, num_tokens, s) for s in scored)])
+        inputs = build_inputs(
+            token_rows=self._token_rows,
+            block_tables=self._block_tables,
+            rows=rows,
+            num_computed=num_computed,
+            num_tokens=num_tokens,
+            logits_rows=logits_rows,
+            groups=self.served.groups,
+            block_size=self.backend.block_size,
+            backend=self.backend,
+            device=self.device,
+        )
+        logits = self.served.forward(inputs, self.cache, self.backend)
+        return self._result(batch, rows, samples, scored, logits)
+
+    def _take_in(self, batch: Batch) -> None:
+        """Write down what is new in the batch."""
+        for new in batch.new_rows:
+            tokens = np.array(new.token_ids, dtype=np.int32)
+            self._token_rows[new.row, : len(tokens)] = tokens
+            self._num_known[new.row] = len(tokens)
+            self._num_prompt_tokens[new.row] = new.num_prompt_tokens
+            wanted = new.sampling_params.prompt_logprobs
+            self._num_prompt_logprobs[new.row] = -1 if wanted is None else wanted
+            self._sampling.set_row(
+                new.row,
+                new.sampling_params,
+                prompt_token_ids=tokens[: new.num_prompt_tokens],
+                output_token_ids=tokens[new.num_prompt_tokens :],
+                stop_token_ids=new.stop_token_ids,
+            )
+        for update in batch.table_updates:
+            table = self._block_tables[update.group]
+            table[update.row, update.start : update.start + len(update.blocks)] = update.blocks
+
+    def _prompt_places(
+        self, rows: np.ndarray, num_computed: np.ndarray, num_tokens: np.ndarray
+    ) -> list[tuple[int, int, int]]:
+        """For rows that want prompt log-probabilities: (place in the batch, first position, positions) to score."""
+        return [
+            (place, start, count)
+            for place in np.flatnonzero(self._num_prompt_logprobs[rows] >= 0).tolist()
+            if (start := int(num_computed[place])) >= 0
+            and (count := min(int(num_tokens[place]), int(self._num_prompt_tokens[rows[place]]) - 1 - start)) > 0
+        ]
+
+    @staticmethod
+    def _packed_places(ends: np.ndarray, num_tokens: np.ndarray, scored: tuple[int, int, int]) -> np.ndarray:
+        place, _, count = scored
+        first = int(ends[place] - num_tokens[place])
+        return np.arange(first, first + count)
+
+    def _result(
+        self, batch: Batch, rows: np.ndarray, samples: np.ndarray, scored: list[tuple[int, int, int]], logits: Tensor
+    ) -> StepResult:
+        tokens: list[int | None] = [None] * len(batch.rows)
+        logprobs: dict[int, TokenLogprobs] = {}
+        errors: dict[int, str] = {}
+        if len(samples):
+            sampled_rows, sampled_logits = rows[samples], logits[: len(samples)]
+            sampled = self._sampler(sampled_logits, self._sampling, sampled_rows)
+            # Not-a-number wins every argmax, so it is enough to look at the chosen logits.
+            chosen = torch.from_numpy(sampled.token_ids).to(self.device)[:, None]
+            for i in sampled_logits.gather(1, chosen).isnan().flatten().nonzero().flatten().tolist():
+                errors[int(samples[i])] = "the model's logits are not numbers (NaN)"
+            for i, (place, token) in enumerate(zip(samples.tolist(), sampled.token_ids.tolist(), strict=True)):
+                tokens[place] = token
+                if (row_logprobs := sampled.logprobs[i]) is not None:
+                    logprobs[place] = row_logprobs
+            self._remember(sampled_rows, sampled.token_ids)
+        prompt: dict[int, list[TokenLogprobs]] = {}
+        start = len(samples)
+        for place, first, count in scored:
+            row = rows[place]
+            targets = torch.from_numpy(self._token_rows[row, first + 1 : first + 1 + count].astype(np.int64))
+            prompt[place] = prompt_logprobs(
+                logits[start : start + count], targets.to(self.device), int(self._num_prompt_logprobs[row])
+            )
+            start += count
+        return StepResult(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt, errors=errors)
+
+    def _remember(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        room = self._num_known[rows] < self._token_rows.shape[1]  # a last token at max_model_len ends its sequence
+        self._token_rows[rows[room], self._num_known[rows[room]]] = token_ids[room]
+        self._num_known[rows] += 1
+        self._sampling.append(rows, token_ids)

@@ -1,0 +1,183 @@
+"""From a configuration to a rank that can run steps: build, load, adapt, check, measure, allocate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from shardwright.adapt.served_model import ServedModel, on_device
+from shardwright.attention.batched import BatchedBackend
+from shardwright.attention.kv_cache import KVCache
+from shardwright.cache.spec import CacheGroup, bytes_per_block
+from shardwright.config import EngineConfig, SchedulerConfig
+from shardwright.engine.messages import EngineInfo
+from shardwright.errors import ConfigError, UnsupportedModelError
+from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
+from shardwright.loading.load import load_dummy_weights, load_weights, weight_bytes
+from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
+from shardwright.models.resolve import resolve_model
+from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.memory import kv_cache_budget, plan_cache
+from shardwright.worker.model_runner import ModelRunner, RunnerLimits
+from shardwright.worker.self_check import check_against_eager, run_largest_step
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_LEN = 4096
+"""Longest sequence for models whose config names no limit."""
+
+DEFAULT_BATCHED_TOKENS = 2048
+"""Token budget of a step unless told otherwise: keeps matrix products busy, and streams beside it smooth."""
+
+
+class Worker:
+    """One rank of one engine.
+
+    Args:
+        config: of the engine.
+
+    Raises: a UsageError for models, weights and options that do not work, before anything is served.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.perf_counter()
+        self.device = resolve_device(config.model.device)
+        path = resolve_model(config.model.model, revision=config.model.revision)
+        model_config = load_config(path, trust_remote_code=config.model.trust_remote_code)
+        dtype = resolve_dtype(config.model.dtype, model_config, path)
+        max_model_len = resolve_max_model_len(config.model.max_model_len, model_config)
+        max_num_batched_tokens = resolve_batched_tokens(config.scheduler, max_model_len)
+        module = _load(path, model_config, dtype, config)
+        loaded = time.perf_counter()
+        is_slow_at_half = self.device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products()
+        try:
+            served = ServedModel(on_device(module, self.device), num_positions=max_model_len)
+        except UnsupportedModelError as exc:
+            raise _unsupported(config.model.model, model_config, exc) from exc
+        block_size = config.cache.block_size
+        backend = BatchedBackend(
+            block_size=block_size, device=self.device, compute_dtype=torch.float32 if is_slow_at_half else dtype
+        )
+        vocab_size = int(model_config.get_text_config().vocab_size)
+        try:
+            check_against_eager(served, backend, vocab_size=vocab_size, dtype=dtype)
+        except UnsupportedModelError as exc:
+            raise _unsupported(config.model.model, model_config, exc) from exc
+        if is_slow_at_half:
+            upcast_linears(module)
+        self.groups: list[CacheGroup] = served.groups
+        block_bytes = bytes_per_block(
+            served.layers, served.groups, block_size=block_size, element_bytes=torch.finfo(dtype).bits // 8
+        )
+        if self.device.type == "cuda":
+            run_largest_step(served, backend, num_tokens=max_num_batched_tokens, max_model_len=max_model_len, dtype=dtype)
+        plan = plan_cache(
+            kv_cache_budget(config.cache, self.device),
+            served.groups,
+            bytes_per_block=block_bytes,
+            block_size=block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            may_shorten=config.model.max_model_len is None,
+        )
+        max_model_len, num_blocks = plan.max_model_len, plan.num_blocks
+        cache = KVCache(
+            served.layers, served.groups, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self.device
+        )
+        self.runner = ModelRunner(
+            served,
+            cache,
+            backend,
+            RunnerLimits(
+                max_num_seqs=config.scheduler.max_num_seqs, max_model_len=max_model_len, vocab_size=vocab_size
+            ),
+            device=self.device,
+            seed=config.model.seed,
+        )
+        self.info = EngineInfo(
+            model=config.model.model,
+            path=str(path),
+            model_type=model_config.model_type,
+            architecture=type(module).__name__,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(self.device),
+            num_parameters=sum(p.numel() for p in module.parameters()),
+            weight_bytes=weight_bytes(module),
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_bytes=(num_blocks + 1) * block_bytes,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            attention_rung=served.rung,
+            attention_reason=served.rung_reason,
+        )
+        logger.info(
+            "%s: %s, %.1f M parameters in %s on %s, %.2f GiB of weights, KV cache of %.2f GiB for %s tokens; "
+            "loaded in %.1f s, ready in %.1f s",
+            config.model.model,
+            self.info.architecture,
+            self.info.num_parameters / 1e6,
+            self.info.dtype,
+            self.info.device,
+            self.info.weight_bytes / 2**30,
+            self.info.kv_cache_bytes / 2**30,
+            f"{num_blocks * block_size:,}",
+            loaded - started,
+            time.perf_counter() - started,
+        )
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Run one step."""
+        return self.runner.execute(batch)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto" means here. Raises ConfigError if the one asked for is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
+    return torch.device(device)
+
+
+def resolve_max_model_len(asked: int | None, model_config: PretrainedConfig) -> int:
+    """Most tokens of a sequence. Raises ConfigError if more is asked for than the model has positions."""
+    limit = max_positions(model_config)
+    if asked is None:
+        return limit or DEFAULT_MODEL_LEN
+    if limit is not None and asked > limit:
+        raise ConfigError(f"max_model_len is {asked:,} but the model's config allows {limit:,} positions: lower it")
+    return asked
+
+
+def resolve_batched_tokens(config: SchedulerConfig, max_model_len: int) -> int:
+    """Token budget of a step. Raises ConfigError if a prompt could never run."""
+    if config.enable_chunked_prefill:
+        return config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, config.max_num_seqs)
+    budget = config.max_num_batched_tokens or max(max_model_len, config.max_num_seqs)
+    if budget < max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens is {budget:,}, less than max_model_len, which is {max_model_len:,}: "
+            "without chunked prefill a longer prompt could never run"
+        )
+    return budget
+
+
+def _load(path: Path, model_config: PretrainedConfig, dtype: torch.dtype, config: EngineConfig) -> PreTrainedModel:
+    module = build_module(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
+    if config.model.load_format == "dummy":
+        load_dummy_weights(module)
+    else:
+        load_weights(module, path, dtype, is_part=type(module.config) is not type(model_config))
+    return module.requires_grad_(False)
+
+
+def _unsupported(name: str, config: PretrainedConfig, exc: UnsupportedModelError) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{name} ({config.model_type}) cannot be served correctly yet: {exc}")
