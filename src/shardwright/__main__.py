@@ -1,0 +1,5 @@
+"""`python -m shardwright` is the program `shardwright`."""
+
+from shardwright.cli.main import main
+
+main()

@@ -1,0 +1,100 @@
+"""What this machine can do at best: how fast it reads memory and multiplies matrices, measured with torch alone.
+
+The best of several tries counts, since other work on the machine only ever slows one down.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+READ_BYTES = 1 << 29
+"""Far more than any cache holds."""
+GEMM_SHAPE = (512, 2048, 2048)
+GEMM_DTYPES = (torch.float32, torch.bfloat16)
+SECONDS_PER_MEASUREMENT = 1.0
+FEWEST_TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """A machine and its measured rates, all threads together."""
+
+    cpu: str
+    cores: int
+    """That this process may use."""
+    threads: int
+    """That torch computes with."""
+    read_gb_per_s: float
+    gemm_gflop_per_s: float
+    """In the dtype that is fastest here."""
+    gemm_dtype: str
+    gpu: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def measure_machine(device: str = "cpu") -> Machine:
+    """Measure the machine that a model on `device` runs on. Takes a few seconds."""
+    rates = {str(dtype).removeprefix("torch."): gemm_gflop_per_s(device, dtype) for dtype in GEMM_DTYPES}
+    gemm_dtype = max(rates, key=lambda name: rates[name])
+    return Machine(
+        cpu=cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        read_gb_per_s=round(read_gb_per_s(device), 2),
+        gemm_gflop_per_s=round(rates[gemm_dtype], 1),
+        gemm_dtype=gemm_dtype,
+        gpu=torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+    )
+
+
+def read_gb_per_s(device: str) -> float:
+    """Bytes read per second when a large tensor is summed up."""
+    size = READ_BYTES if device != "cpu" else min(READ_BYTES, psutil.virtual_memory().available // 4)
+    numbers = torch.ones(size // 4, dtype=torch.float32, device=device)
+    seconds = best_seconds(numbers.sum, device)
+    return numbers.nbytes / seconds / 1e9
+
+
+def gemm_gflop_per_s(device: str, dtype: torch.dtype) -> float:
+    """Rate of `x @ w.T` in the shape of a linear layer over a packed batch."""
+    rows, depth, columns = GEMM_SHAPE
+    x = torch.ones(rows, depth, dtype=dtype, device=device)
+    w = torch.ones(columns, depth, dtype=dtype, device=device)
+    with torch.inference_mode():
+        seconds = best_seconds(lambda: torch.nn.functional.linear(x, w), device)
+    return 2 * rows * depth * columns / seconds / 1e9
+
+
+def best_seconds(work: Callable[[], Tensor], device: str) -> float:
+    """The shortest of the times that a piece of work took, over about a second of tries."""
+    best = float("inf")
+    tries, end = 0, time.perf_counter() + SECONDS_PER_MEASUREMENT
+    while tries < FEWEST_TRIES or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        tries += 1
+    return best
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,185 @@
+"""`shardwright bench`: the standard workloads, each beside what the machine could do at best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shardwright.bench import workloads
+from shardwright.cli.help import Command, examples
+from shardwright.cli.options import Json, Model, engine_flags, with_flags
+from shardwright.cli.output import print_json, print_text, remark, working
+from shardwright.errors import UsageError
+
+if TYPE_CHECKING:
+    from shardwright.bench.machine import Machine
+
+EXAMPLES = examples(
+    "shardwright bench decode smollm2-135m",
+    "shardwright bench prefill ./my-model --dtype bfloat16 --repeat 3",
+    "shardwright bench all smollm2-135m --json > bench.json",
+)
+
+Repeat = Annotated[int, typer.Option(min=1, help="Runs of each measurement; the fastest counts.")]
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+def register(root: typer.Typer) -> None:
+    root.add_typer(app, name="bench", epilog=EXAMPLES)
+
+
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
+    """Measure throughput, latency and start-up beside the machine's bandwidth and GEMM bound."""
+    if context.invoked_subcommand is None:
+        print_text(context.get_help())
+
+
+@app.command("decode", cls=Command, epilog=EXAMPLES)
+@with_flags(engine=engine_flags())
+def decode(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
+    """Run decode-1, decode-8, decode-32 and mixed-32."""
+    show(measure(model, engine, names=workloads.DECODE, repeat=repeat), json=json)
+
+
+@app.command("prefill", cls=Command, epilog=EXAMPLES)
+@with_flags(engine=engine_flags())
+def prefill(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
+    """Run prefill and shared-prefix."""
+    show(measure(model, engine, names=workloads.PREFILL, repeat=repeat), json=json)
+
+
+@app.command("start", cls=Command, epilog=EXAMPLES)
+@with_flags(engine=engine_flags())
+def start(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
+    """Start the engine in a fresh process and wait for its first token."""
+    show(measure(model, engine, start=True, repeat=repeat), json=json)
+
+
+@app.command("all", cls=Command, epilog=EXAMPLES)
+@with_flags(engine=engine_flags())
+def everything(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
+    """Run every workload and the start."""
+    show(measure(model, engine, names=workloads.ALL, start=True, repeat=repeat), json=json)
+
+
+def measure(
+    model: str, engine: dict[str, Any], *, names: Iterable[str] = (), start: bool = False, repeat: int
+) -> dict[str, Any]:
+    """The document of `bench --json`."""
+    document: dict[str, Any] = {"machine": None, "model": model, "workloads": []}
+    if start:  # before this process fills memory with an engine of its own
+        from shardwright.bench.start import measure_best_start
+
+        with working(f"starting {model} in a fresh process"):
+            document["start"] = measure_best_start(model, engine, repeat=repeat).as_json()
+    chosen = workloads.choose(names)
+    if chosen:
+        document |= measure_workloads(model, engine, chosen, repeat=repeat)
+    else:
+        document["machine"] = measure_device(engine.get("device", "auto")).as_json()
+    return document
+
+
+def measure_device(device: str) -> Machine:
+    """The rates of the machine, on the device that an engine would take."""
+    import torch
+
+    from shardwright.bench.machine import measure_machine
+
+    with working("measuring the machine"):
+        return measure_machine(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def measure_workloads(
+    model: str, engine: dict[str, Any], chosen: list[workloads.Workload], *, repeat: int
+) -> dict[str, Any]:
+    """Run workloads on one engine. Raises UsageError if the model can run none of them."""
+    from shardwright.bench.bound import Weights
+    from shardwright.bench.run import measure_best, obstacle, warm_up, workload_as_json
+    from shardwright.llm import LLM
+
+    with working(f"loading {model}"):
+        llm = LLM(model, **engine)
+    with llm:
+        skipped = [{"name": w.name, "reason": reason} for w in chosen if (reason := obstacle(w, llm))]
+        for entry in skipped:
+            remark(f"skipping {entry['name']}: {entry['reason']}")
+        runnable = [w.for_vocabulary(llm.info.vocab_size) for w in chosen if not obstacle(w, llm)]
+        if not runnable:
+            raise UsageError(f"{model} can run none of the workloads: {skipped[0]['name']} {skipped[0]['reason']}")
+        machine = measure_device(llm.info.device)
+        weights = Weights.of_engine(llm.info)
+        warm_up(llm)
+        rows = []
+        for workload in runnable:
+            with working(f"{workload.name}, {repeat} times"):
+                best = measure_best(llm, workload, repeat=repeat)
+            rows.append(workload_as_json(workload, best, weights=weights, machine=machine))
+        return {
+            "machine": machine.as_json(),
+            "dtype": llm.info.dtype,
+            "device": llm.info.device,
+            "workloads": rows,
+            "skipped": skipped,
+        }
+
+
+def show(document: dict[str, Any], *, json: bool) -> None:
+    """Print the document for a program or for a person."""
+    if json:
+        print_json(document)
+        return
+    console = Console(highlight=False)
+    machine = document["machine"]
+    console.print(
+        f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads: reads"
+        f" {machine['read_gb_per_s']:.1f} GB/s, multiplies {machine['gemm_gflop_per_s']:.0f} GFLOP/s"
+        f" ({machine['gemm_dtype']})",
+        markup=False,
+    )
+    if document["workloads"]:
+        console.print(workload_table(document))
+    if started := document.get("start"):
+        console.print(
+            f"start: ready after {started['ready_s']:.2f} s, first token after {started['first_token_s']:.2f} s,"
+            f" peak memory {started['peak_rss_mib']:.0f} MiB (files in the page cache)"
+        )
+
+
+def workload_table(document: dict[str, Any]) -> Table:
+    """One row per workload: its speed, the bound and the share of it, and the latencies in milliseconds."""
+    table = Table(title=f"{document['model']}, {document['dtype']} on {document['device']}", title_justify="left")
+    table.add_column("workload")
+    for column in (
+        "requests",
+        "prompt",
+        "output",
+        "tok/s",
+        "bound",
+        "of bound",
+        "TTFT ms p50/p90/p99",
+        "ITL ms p50/p90/p99",
+    ):
+        table.add_column(column, justify="right")
+    for row in document["workloads"]:
+        speed = row[f"{row['headline']}_tokens_per_s"]
+        table.add_row(
+            row["name"],
+            *(str(row[name]) for name in ("requests", "prompt_tokens", "output_tokens")),
+            f"{speed:.1f}" + (" total" if row["headline"] == "total" else ""),
+            f"{row['bound_tokens_per_s']:.1f}",
+            f"{row['fraction_of_bound']:.0%}",
+            milliseconds(row["ttft_s"]),
+            milliseconds(row["itl_s"]),
+        )
+    return table
+
+
+def milliseconds(values: dict[str, float] | None) -> str:
+    return " / ".join(f"{value * 1000:.0f}" for value in values.values()) if values else "-"
