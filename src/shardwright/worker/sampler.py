@@ -1,0 +1,129 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Order: logit bias, penalties, suppressed stop tokens; temperature; top-k, top-p, min-p; one draw. Only rows that need a
+    stage pay for
+it: a step of greedy rows is one argmax. Logits that are not numbers (NaN) give tokens without meaning: that is the
+    runner's to check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shardwright.engine.messages import TokenLogprobs
+from shardwright.worker.candidates import draw
+from shardwright.worker.logprobs import prompt_logprobs, token_logprobs
+from shardwright.worker.penalties import Ints
+from shardwright.worker.sampling_noise import UInt64s, sequence_keys, split_keys
+from shardwright.worker.sampling_state import SamplingState
+
+__all__ = ["Sampler", "SamplerOutput", "SamplingState", "prompt_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """One token per row of logits."""
+
+    token_ids: npt.NDArray[np.int64]
+    logprobs: list[TokenLogprobs | None]
+    """None for rows that did not ask."""
+
+
+class Sampler:
+    """Chooses tokens by the parameters of their rows.
+
+    Args:
+        seed: of the noise for sequences that have no seed of their own.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._keys = np.random.Generator(np.random.PCG64(seed % 2**64))
+
+    def __call__(self, logits: Tensor, state: SamplingState, rows: Ints) -> SamplerOutput:
+        """Choose the next token of each row; `state` is read only.
+
+        Args:
+            logits: [n, vocab], any float dtype; left as they are.
+            state: on the device of `logits`.
+            rows: [n]: the row of `state` that each row of logits belongs to.
+        """
+        with torch.inference_mode():
+            is_random = state.temperature[rows] > 0
+            is_changed = is_random | state.needs_processing(rows)
+            token_ids = np.empty(len(rows), np.int64)
+            if len(plain := np.flatnonzero(~is_changed)):
+                token_ids[plain] = _greedy(_take(logits, plain))
+            if len(changed := np.flatnonzero(is_changed)):
+                token_ids[changed] = self._choose(_take_floats(logits, changed), state, rows[changed])
+            return SamplerOutput(token_ids, _logprobs(logits, token_ids, state, rows))
+
+    def _choose(self, scores: Tensor, state: SamplingState, rows: Ints) -> Ints:
+        """Choose from logits that may be overwritten: [n, vocab], float32."""
+        process(scores, state, rows)
+        is_random = state.temperature[rows] > 0
+        token_ids = np.empty(len(rows), np.int64)
+        if len(greedy := np.flatnonzero(~is_random)):
+            token_ids[greedy] = _greedy(_take(scores, greedy))
+        if len(random := np.flatnonzero(is_random)):
+            random_rows = rows[random]
+            temperature = torch.from_numpy(state.temperature[random_rows, None]).to(scores.device)
+            keys = split_keys(self._noise_keys(state, random_rows), scores.device)
+            drawn = draw(_take(scores, random) / temperature, state.filters(random_rows), keys)
+            token_ids[random] = drawn.cpu().numpy()
+        return token_ids
+
+    def _noise_keys(self, state: SamplingState, rows: Ints) -> UInt64s:
+        keys = sequence_keys(state.seed[rows], state.num_tokens[rows])
+        unseeded = ~state.has_seed[rows]
+        keys[unseeded] = self._keys.integers(2**64, size=int(unseeded.sum()), dtype=np.uint64)
+        return keys
+
+
+def process(scores: Tensor, state: SamplingState, rows: Ints) -> None:
+    """Bias, penalize and suppress logits in place.
+
+    Args:
+        scores: [n, vocab], float32.
+        state: on the device of `scores`.
+        rows: [n].
+    """
+    for place in np.flatnonzero(state.has_bias[rows]):
+        token_ids, bias = state.bias[int(rows[place])]
+        scores[place, token_ids] += bias
+    if len(places := np.flatnonzero(state.has_penalties[rows])):
+        state.penalties.apply(scores, places, rows[places])
+    for place in np.flatnonzero(state.needs_more_tokens(rows)):
+        scores[place, state.stop_token_ids[int(rows[place])]] = -torch.inf
+
+
+def _greedy(logits: Tensor) -> Ints:
+    """The largest logit of each row, the lowest id of equal ones. `max` is faster than `argmax`, in every dtype."""
+    token_ids: Ints = logits.max(dim=-1).indices.cpu().numpy()
+    return token_ids
+
+
+def _take(logits: Tensor, places: Ints) -> Tensor:
+    """Rows of logits; the tensor itself if it is all of them."""
+    return logits if len(places) == len(logits) else logits[torch.from_numpy(places).to(logits.device)]
+
+
+def _take_floats(logits: Tensor, places: Ints) -> Tensor:
+    """Rows of logits in float32, in memory of their own."""
+    if len(places) == len(logits):
+        return logits.to(torch.float32, copy=True)
+    return _take(logits, places).float()
+
+
+def _logprobs(logits: Tensor, token_ids: Ints, state: SamplingState, rows: Ints) -> list[TokenLogprobs | None]:
+    result: list[TokenLogprobs | None] = [None] * len(rows)
+    if len(wanted := np.flatnonzero(state.wants_logprobs[rows])):
+        chosen = torch.from_numpy(token_ids[wanted]).to(logits.device)
+        listed = token_logprobs(_take(logits, wanted), chosen, state.num_logprobs[rows[wanted]].tolist())
+        for place, logprobs in zip(wanted, listed, strict=True):
+            result[place] = logprobs
+    return result
