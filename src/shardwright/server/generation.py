@@ -1,0 +1,143 @@
+"""The prompts of one HTTP request run side by side on the engine.
+
+What comes out are pairs (index of the prompt, delta of its output), one per engine step and prompt. Closing the stream
+closes every engine stream under it, and with that aborts what is unfinished. How outputs become response bodies is
+decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from shardwright.outputs import RequestOutput
+from shardwright.sampling_params import SamplingParams
+from shardwright.server.context import ServerContext
+from shardwright.server.engine import Prompt
+
+Item = TypeVar("Item")
+Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one of several streams."""
+
+    error: Exception | None = None
+
+
+@asynccontextmanager
+async def closing(stream: AsyncIterator[Any]) -> AsyncIterator[None]:
+    """Close an engine stream at the end of the block, whichever kind of iterator it is."""
+    try:
+        yield
+    finally:
+        if (close := getattr(stream, "aclose", None)) is not None:
+            await close()
+
+
+async def run_prompts(
+    context: ServerContext,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    request_id: str,
+    priority: int,
+) -> Outputs:
+    """Deltas of all prompts as steps bring them; an error of any prompt is raised and ends the others.
+
+    Raises at the first step: RequestError, EngineBusyError, EngineDeadError.
+    """
+    with context.lifecycle.admit(len(prompts) * params.n):
+        streams = [
+            run_prompt(context, prompt, params, request_id=f"{request_id}-{index}", priority=priority)
+            for index, prompt in enumerate(prompts)
+        ]
+        async with aclosing(merge(streams)) as merged:
+            async for item in merged:
+                yield item
+
+
+async def run_prompt(
+    context: ServerContext, prompt: Prompt, params: SamplingParams, *, request_id: str, priority: int
+) -> AsyncGenerator[RequestOutput, None]:
+    """Deltas of one prompt, seen by the metrics."""
+    stream = context.engine.generate(prompt, params, request_id=request_id, priority=priority, stream="delta")
+    async with closing(stream):
+        with context.metrics.observe_request() as observation:
+            async for output in stream:
+                observation.add(output)
+                yield output
+
+
+async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
+    """Items of all streams with the index of theirs, as they come. Closing it closes them all."""
+    if len(streams) == 1:  # the usual case needs no tasks and no queue
+        async with aclosing(streams[0]) as stream:
+            async for output in stream:
+                yield 0, output
+        return
+
+    queue: asyncio.Queue[tuple[int, Item] | Ended] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncGenerator[Item, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    queue.put_nowait((index, output))
+            queue.put_nowait(Ended())
+        except Exception as exc:
+            queue.put_nowait(Ended(exc))
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        unfinished = len(tasks)
+        while unfinished:
+            item = await queue.get()
+            if not isinstance(item, Ended):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                unfinished -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def gather(outputs: Outputs, num_prompts: int) -> list[RequestOutput]:
+    """Run to the end and put the deltas of each prompt together again."""
+    whole: list[RequestOutput | None] = [None] * num_prompts
+    async with aclosing(outputs):
+        async for index, delta in outputs:
+            known = whole[index]
+            if known is None:
+                whole[index] = delta
+            else:
+                extend(known, delta)
+    for output in filter(None, whole):
+        output.outputs.sort(key=lambda completion: completion.index)
+    return [output for output in whole if output is not None]
+
+
+def extend(known: RequestOutput, delta: RequestOutput) -> None:
+    """Append a delta to what is known of the request, in place."""
+    by_index = {completion.index: completion for completion in known.outputs}
+    for news in delta.outputs:
+        if (completion := by_index.get(news.index)) is None:
+            known.outputs.append(news)
+            continue
+        completion.text += news.text
+        completion.token_ids.extend(news.token_ids)
+        if completion.logprobs is not None:
+            completion.logprobs.extend(news.logprobs or [])
+        completion.finish_reason = news.finish_reason
+        completion.stop_reason = news.stop_reason
+    known.finished = delta.finished
+    known.metrics = delta.metrics
+    if delta.prompt_logprobs is not None:
+        known.prompt_logprobs = delta.prompt_logprobs
