@@ -4,10 +4,10 @@ A step with M tokens reads every weight once and multiplies every token with eac
 
     step(M) = max(weight bytes / read bandwidth, 2 * M * parameters / GEMM rate)
 
-A workload prefills its prompt tokens in one such step (a prefix that they share counts once), which brings each request's
-first token, and then decodes one token of every request a step. Attention, and all else that an engine does, costs nothing
-here; so a fraction of the bound is what there is to gain at most. Not covered: experts, which are all counted, although a
-token passes through few of them.
+A workload prefills its prompt tokens in one such step (a prefix that they share counts once), which brings each
+request's first token, and then decodes one token of every request a step. Attention, and all else that an engine does,
+costs nothing here, so no engine reaches all of it. Not covered: experts, which are all counted, although a token passes
+through few of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Weights:
 
 
 def lookup_parameters(info: EngineInfo) -> int:
-    """Parameters of the input embedding if the head has weights of its own, else 0: then the head multiplies by them."""
+    """Parameters of the input embedding, or 0 where the head shares them and so multiplies by them."""
     from transformers import AutoConfig
 
     try:

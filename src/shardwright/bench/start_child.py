@@ -1,7 +1,7 @@
-"""A fresh process that starts an engine and generates one token: `python -m shardwright.bench.start_child MODEL OPTIONS`.
+"""`python -m shardwright.bench.start_child MODEL OPTIONS`: start an engine and generate one token, in a fresh process.
 
-OPTIONS is a JSON object of engine options. The last line of stdout is one JSON document with the moments as time.time(),
-so that the parent can count from before the interpreter was there. Started by `start.measure_start`.
+OPTIONS is a JSON object of engine options. The last line of stdout is one JSON document with the moments as
+time.time(), so that the parent can count from before the interpreter was there. Started by `start.measure_start`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from shardwright.bench.memory import peak_rss_mib
 
 
 def main() -> None:
+    """Start, generate, report."""
     model, options = sys.argv[1], json.loads(sys.argv[2])
     from shardwright.llm import LLM
     from shardwright.sampling_params import SamplingParams

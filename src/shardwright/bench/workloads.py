@@ -61,11 +61,13 @@ def prompt_token_ids(i: int, length: int) -> list[int]:
 def uniform(
     name: str, count: int, length: int, output_tokens: int, *, headline: Literal["output", "total"] = "output"
 ) -> Workload:
+    """`count` requests of one length, without anything in common."""
     prompts = [prompt_token_ids(i, length) for i in range(count)]
     return Workload(name=name, prompts=prompts, output_tokens=output_tokens, headline=headline)
 
 
 def shared_prefix(name: str, count: int, common: int, own: int, output_tokens: int) -> Workload:
+    """`count` requests that begin with the same `common` tokens and end with `own` of their own."""
     prefix = prompt_token_ids(0, common)
     prompts = [prefix + prompt_token_ids(i + 1, own) for i in range(count)]
     return Workload(name=name, prompts=prompts, output_tokens=output_tokens, headline="total", common_tokens=common)

@@ -1,1 +1,1 @@
-"""The command line: one file per command, nothing here that `LLM`, the server or the benchmarks could not do by themselves."""
+"""The command line: one file per command, each a thin front of `LLM`, the server or the benchmarks."""

@@ -30,6 +30,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 def register(root: typer.Typer) -> None:
+    """Add the command to the program."""
     root.add_typer(app, name="bench", epilog=EXAMPLES)
 
 
@@ -182,4 +183,5 @@ def workload_table(document: dict[str, Any]) -> Table:
 
 
 def milliseconds(values: dict[str, float] | None) -> str:
+    """Percentiles for the table."""
     return " / ".join(f"{value * 1000:.0f}" for value in values.values()) if values else "-"

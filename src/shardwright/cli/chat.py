@@ -43,6 +43,7 @@ Ctrl-C stops an answer. A message that begins with / is written with a space bef
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
     app.command("chat", cls=Command, epilog=EXAMPLES)(chat)
 
 

@@ -1,4 +1,4 @@
-"""What `complete`, `chat` and `models` share: a connection to an OpenAI-compatible server, and its errors in our words."""
+"""What `complete`, `chat` and `models` share: a connection to a server, and its errors in our words."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ EXAMPLES = examples(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
     app.command("complete", cls=Command, epilog=EXAMPLES)(complete)
 
 

@@ -15,17 +15,18 @@ from typing import Annotated, Any
 
 import typer
 
-from shardwright.cli import bench, chat, complete, models, run, serve
+from shardwright.cli import bench, chat, complete, inspect, models, run, serve
 from shardwright.cli.errors import exit_code, message
 from shardwright.cli.help import examples
 from shardwright.cli.output import print_error, show_logs
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (run, serve, complete, chat, models, bench):
+for command in (run, serve, complete, chat, models, inspect, bench):
     command.register(app)
 
 
 def print_version(wanted: bool) -> None:
+    """Answer `--version`."""
     if wanted:
         sys.stdout.write(f"shardwright {importlib.metadata.version('shardwright')}\n")
         raise typer.Exit
@@ -72,7 +73,7 @@ def run_command(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except typer.Exit as leave:
         return leave.exit_code
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the end of the line for every error
+    except (Exception, KeyboardInterrupt) as error:
         return report(error, debug=debug)
     return 0
 

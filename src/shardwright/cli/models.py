@@ -16,6 +16,7 @@ EXAMPLES = examples(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
     app.command("models", cls=Command, epilog=EXAMPLES)(models)
 
 

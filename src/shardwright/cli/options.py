@@ -68,11 +68,11 @@ def record_flags(record: type[Any]) -> list[Flag]:
     ]
 
 
-def engine_flags(*, leave_out: Collection[str] = ()) -> list[Flag]:
-    """The engine's options, in the order of its records."""
+def engine_flags(*, only: Collection[str] | None = None) -> list[Flag]:
+    """The engine's options, in the order of its records; all, or those that a command has a use for."""
     parts = dict.fromkeys(part for part, _ in engine_options())
     records = get_type_hints(EngineConfig)
-    return [flag for part in parts for flag in record_flags(records[part]) if flag.name not in leave_out]
+    return [flag for part in parts for flag in record_flags(records[part]) if only is None or flag.name in only]
 
 
 def sampling_flags(**defaults: Any) -> list[Flag]:

@@ -36,6 +36,7 @@ EXAMPLES = examples(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
     app.command("run", cls=Command, epilog=EXAMPLES)(run)
 
 
@@ -119,6 +120,7 @@ def stream_one(llm: LLM, prompt: dict[str, Any], params: SamplingParams) -> Requ
 
 
 def run_metrics(outputs: Sequence[RequestOutput], *, ready_s: float, elapsed_s: float) -> dict[str, Any]:
+    """The sums over all requests of `run --json`."""
     output_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return {
         "ready_s": round(ready_s, 3),
@@ -144,6 +146,7 @@ def as_json(output: RequestOutput) -> dict[str, Any]:
 
 
 def completion_as_json(completion: CompletionOutput) -> dict[str, Any]:
+    """One of a request's completions."""
     document: dict[str, Any] = {
         "token_ids": completion.token_ids,
         "text": completion.text,
@@ -164,6 +167,7 @@ def logprobs_as_json(positions: Sequence[dict[int, Logprob] | None]) -> list[dic
 
 
 def logprob_as_json(entry: Logprob) -> dict[str, Any]:
+    """One candidate for one token."""
     logprob = max(entry.logprob, LEAST_LOGPROB)
     return {"logprob": logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
 

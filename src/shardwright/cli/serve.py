@@ -21,6 +21,7 @@ EXAMPLES = examples(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
     app.command("serve", cls=Command, epilog=EXAMPLES)(serve)
 
 

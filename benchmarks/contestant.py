@@ -1,0 +1,96 @@
+"""The runner's end of `child.py`: start an engine's process, give it jobs, measure its memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shardwright.bench.memory import peak_rss_mib
+from shardwright.bench.workloads import Workload
+
+HERE = Path(__file__).parent
+
+
+@dataclass(kw_only=True)
+class Contestant:
+    """One engine: how its process is started, and the process while there is one."""
+
+    name: str
+    command: list[str]
+    """Of the process, without MODEL and DTYPE."""
+    log: Path
+    """Where its stderr goes."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What it said of itself when it started last."""
+    starts: list[dict[str, float]] = field(default_factory=list)
+    process: subprocess.Popen[str] | None = None
+
+    def start(self, model: str, dtype: str) -> None:
+        """Start the process and note how long it took to its first token, and its memory then."""
+        begin = time.time()
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*self.command, model, dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.facts = self._read()
+        self.starts.append(
+            {
+                "ready_s": round(self.facts.pop("ready") - begin, 3),
+                "first_token_s": round(self.facts.pop("first_token") - begin, 3),
+                "peak_rss_mib": self.peak_rss_mib(),
+            }
+        )
+
+    def run(self, workload: Workload) -> float:
+        """Run a workload. Returns: seconds, as the engine measured them."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        job = {"prompts": workload.prompts, "output_tokens": workload.output_tokens}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return float(self._read()["elapsed_s"])
+
+    def peak_rss_mib(self) -> float:
+        """Peak memory of the process and its children, added up."""
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return round(sum(peak_rss_mib(pid) for pid in (self.process.pid, *(child.pid for child in children))), 1)
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            tail = "\n".join(self.log.read_text().splitlines()[-15:])
+            raise SystemExit(f"error: {self.name} ended with exit code {code}; the end of {self.log}:\n{tail}")
+        document: dict[str, Any] = json.loads(line)
+        return document
+
+
+def contestants(*, logs: Path, hf: bool, vllm: Path | None) -> list[Contestant]:
+    """Ours first, then its peers."""
+    launchers = {"shardwright": [sys.executable, str(HERE / "peer_shardwright.py")]}
+    if hf:
+        launchers["hf"] = [sys.executable, str(HERE / "peer_hf.py")]
+    if vllm is not None:
+        launchers["vllm"] = [str(vllm), str(HERE / "peer_vllm.py")]
+    return [Contestant(name=name, command=command, log=logs / f"{name}.log") for name, command in launchers.items()]

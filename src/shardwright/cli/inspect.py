@@ -1,0 +1,182 @@
+"""`shardwright inspect`: what a model is made of, and how it would be served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from shardwright.cli.help import Command, examples
+from shardwright.cli.options import Json, Model, engine_flags, with_flags
+from shardwright.cli.output import print_json, working
+from shardwright.config import EngineConfig
+from shardwright.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from shardwright.adapt.served_model import ServedModel
+    from shardwright.cli.structure import Node
+
+FLAGS = ("revision", "dtype", "trust_remote_code", "max_model_len")
+
+EXAMPLES = examples(
+    "shardwright inspect smollm2-135m",
+    "shardwright inspect ./my-model --depth 3 --params",
+    "shardwright inspect ./my-model --json | jq .attention",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("inspect", cls=Command, epilog=EXAMPLES)(inspect)
+
+
+@with_flags(engine=engine_flags(only=FLAGS))
+def inspect(
+    model: Model,
+    *,
+    depth: Annotated[int | None, typer.Option(min=0, help="Levels of the tree to show; default: all.")] = None,
+    params: Annotated[bool, typer.Option("--params", help="Show name, shape and dtype of every parameter.")] = False,
+    json: Json = False,
+    engine: dict[str, Any],
+) -> None:
+    """Show a model's modules and sizes, how its attention is captured, and what its cache needs.
+
+    Layers that are built alike are shown once.
+    """
+    config = EngineConfig.from_options(model, **engine)
+    with working(f"building {model}"):
+        report, tree = look_into(config)
+    if json:
+        print_json({**report, "tree": tree.as_json(depth=depth, params=params)})
+    else:
+        show(report, tree, depth=depth, params=params)
+
+
+def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
+    """What `inspect --json` says, and its tree. Raises a UsageError if the model cannot be built."""
+    from shardwright.cli.blueprint import Blueprint
+    from shardwright.cli.structure import structure_tree
+
+    blueprint = Blueprint.of(config.model)
+    module = blueprint.build(blueprint.dtype)
+    tree = structure_tree(module)
+    text_config = blueprint.config.get_text_config()
+    report: dict[str, Any] = {
+        "model": config.model.model,
+        "path": str(blueprint.path),
+        "model_type": blueprint.config.model_type,
+        "architecture": type(module).__name__,
+        "dtype": str(blueprint.dtype).removeprefix("torch."),
+        "parameters": tree.num_parameters,
+        "weight_bytes": tree.num_bytes,
+        "num_layers": getattr(text_config, "num_hidden_layers", None),
+        "vocab_size": text_config.vocab_size,
+        "max_model_len": blueprint.max_model_len,
+    }
+    try:
+        served = blueprint.capture_attention(num_parameters=tree.num_parameters)
+    except UnsupportedModelError as error:
+        report |= {"attention": {"rung": None, "reason": str(error)}, "cache_groups": [], "replaced": []}
+    else:
+        report |= describe_attention(
+            served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len
+        )
+    return report, tree
+
+
+def describe_attention(served: ServedModel, *, element_bytes: int, max_model_len: int) -> dict[str, Any]:
+    """How the attention of a model is captured, and what its cache takes."""
+    groups = []
+    for group in served.groups:
+        bytes_per_token = sum(served.layers[i].elements_per_token for i in group.layers) * element_bytes
+        window = group.visibility.size
+        groups.append(
+            {
+                "kind": group.visibility.kind,
+                "window": window,
+                "layers": list(group.layers),
+                "bytes_per_token": bytes_per_token,
+                "bytes_per_request": bytes_per_token * min(max_model_len, window or max_model_len),
+            }
+        )
+    return {
+        "attention": {"rung": served.rung, "reason": served.rung_reason},
+        "cache_groups": groups,
+        "replaced": [
+            {"module": layer.name, "what": "attention", "by": f"paged attention, {layer.visibility.kind}"}
+            for layer in served.layers
+        ],
+    }
+
+
+def show(report: dict[str, Any], tree: Node, *, depth: int | None, params: bool) -> None:
+    """Print the report for people."""
+    console = Console(highlight=False)
+    replaced = {entry["module"]: entry["by"] for entry in report["replaced"]}
+    root = Tree(node_label(tree, replaced))
+    grow(root, tree, replaced, depth=depth, params=params)
+    console.print(root)
+    attention = report["attention"]
+    console.print(
+        f"{report['architecture']} ({report['model_type']}): {count(report['parameters'])} parameters, "
+        f"{size(report['weight_bytes'])} in {report['dtype']}, {report['num_layers']} layers, "
+        f"up to {report['max_model_len']:,} tokens",
+        markup=False,
+        soft_wrap=True,
+    )
+    rung = attention["rung"] or "none, the model cannot be served yet"
+    console.print(f"attention: {rung}: {attention['reason']}", markup=False, soft_wrap=True)
+    for group in report["cache_groups"]:
+        window = f" of {group['window']:,} tokens" if group["window"] else ""
+        console.print(
+            f"cache: {group['kind']}{window}, {len(group['layers'])} layers: {size(group['bytes_per_token'])} a token, "
+            f"at most {size(group['bytes_per_request'])} a request",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def grow(branch: Tree, node: Node, replaced: dict[str, str], *, depth: int | None, params: bool) -> None:
+    """Add what is below a node to its branch."""
+    if params:
+        for name, shape, dtype in node.weights:
+            branch.add(Text(f"{name} {list(shape)} {dtype}", style="dim"))
+    if depth == 0:
+        return
+    for child in node.children:
+        below = None if depth is None else depth - 1
+        grow(branch.add(node_label(child, replaced)), child, replaced, depth=below, params=params)
+
+
+def node_label(node: Node, replaced: dict[str, str]) -> Text:
+    """Name, class and size of a node, and what takes its place."""
+    label = Text()
+    if node.name:
+        label.append(node.name, style="bold")
+        label.append(f" ({node.count} alike): " if node.count > 1 else ": ")
+    label.append(f"{node.class_name}({node.detail})" if node.detail else node.class_name)
+    if node.num_parameters:
+        label.append(f"  {count(node.num_parameters)}{' each' if node.count > 1 else ''}", style="cyan")
+    served_by = [replaced[member] for member in node.members if member in replaced]
+    for by in sorted(set(served_by)):
+        label.append(f"  <- {by}" + (f" ({served_by.count(by)})" if len(served_by) > 1 else ""), style="green")
+    return label
+
+
+def count(number: int) -> str:
+    """A number of parameters for people."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return str(number)
+
+
+def size(num_bytes: int) -> str:
+    """A size for people."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.1f} {unit}"
+    return f"{num_bytes} B"
