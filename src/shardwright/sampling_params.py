@@ -114,7 +114,7 @@ def check_ranges(params: SamplingParams) -> None:
         ("n", 1 <= params.n <= MAX_COMPLETIONS, f"from 1 to {MAX_COMPLETIONS}"),
         ("temperature", 0 <= params.temperature <= 100, "from 0 (greedy) to 100"),
         ("top_p", 0 < params.top_p <= 1, "over 0 and at most 1"),
-        ("top_k", params.top_k >= -1, "at least 1, or 0 or -1 for no limit"),
+        ("top_k", -1 <= params.top_k < 2**31, "at least 1, or 0 or -1 for no limit"),
         ("min_p", 0 <= params.min_p <= 1, "from 0 to 1"),
         ("seed", params.seed is None or -(2**63) <= params.seed < 2**63, "a 64-bit integer"),
         ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "at least 1"),

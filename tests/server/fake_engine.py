@@ -7,7 +7,7 @@ says "def…" if `i` is 0, "efg…" if `i` is 1, one token per step, until max_t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 from shardwright.engine.messages import EngineInfo, SchedulerStats
@@ -100,7 +100,7 @@ class AlphabetEngine:
         request_id: str | None = None,
         priority: int = 0,
         stream: Literal["cumulative", "delta"] = "cumulative",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         assert stream == "delta"
         assert request_id is not None
         params = sampling_params or SamplingParams()
@@ -134,7 +134,7 @@ class AlphabetEngine:
 
     async def _steps(
         self, request_id: str, prompt: str | list[int], token_ids: list[int], params: SamplingParams
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         room = MAX_MODEL_LEN - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         for step in range(max_tokens):

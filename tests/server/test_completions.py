@@ -5,7 +5,12 @@ from typing import Any
 import httpx
 import pytest
 from tests.server.asgi import events
-from tests.server.fake_engine import AlphabetEngine
+from tests.server.fake_engine import AlphabetEngine, AsciiTokenizer, alternatives
+
+from shardwright.outputs import CompletionOutput, RequestOutput
+from shardwright.sampling_params import SamplingParams
+from shardwright.server.completions import ChoiceMaker
+from shardwright.server.schemas import CompletionBody
 
 pytestmark = pytest.mark.asyncio
 
@@ -257,3 +262,24 @@ async def test_bad_prompt_among_good_ones_ends_them_all(client: httpx.AsyncClien
     response = await client.post("/v1/completions", json={"prompt": ["a", "", "b"], "max_tokens": 50})
     assert response.status_code == 400
     assert not engine.running
+
+
+async def test_echoed_logprobs_reach_a_choice_that_starts_after_they_came() -> None:
+    params = SamplingParams(n=2, logprobs=0, prompt_logprobs=0)
+    maker = ChoiceMaker(CompletionBody(prompt="ab", echo=True, logprobs=0), params, AsciiTokenizer())
+
+    def delta(index: int, letter: str) -> RequestOutput:
+        completion = CompletionOutput(
+            index=index, text=letter, token_ids=[ord(letter)], logprobs=[alternatives(ord(letter), 0)]
+        )
+        return RequestOutput(
+            request_id="x", prompt="ab", prompt_token_ids=[97, 98], outputs=[completion], finished=False
+        )
+
+    first = delta(0, "c")
+    first.prompt_logprobs = [None, alternatives(98, 0)]
+    for output in (first, delta(1, "d")):
+        (choice,) = maker.make(0, output)
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens == list(choice.text)
+        assert choice.logprobs.text_offset == [0, 1, 2]

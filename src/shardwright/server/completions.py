@@ -107,16 +107,21 @@ class ChoiceMaker:
         self._params = params
         self._tokenizer = tokenizer
         self._text_length: dict[int, int] = {}
+        self._logprobs_of_prompt: dict[int, CompletionLogprobs] = {}
 
     def make(self, prompt_index: int, output: RequestOutput) -> list[CompletionChoice]:
         """A choice for every completion that the output has news of."""
+        if self._echo and self._params.logprobs is not None and output.prompt_logprobs is not None:
+            self._logprobs_of_prompt[prompt_index] = completion_logprobs(
+                output.prompt_token_ids, output.prompt_logprobs, offset=0, token_text=self._tokenizer.token_text
+            )
         return [self._choice(prompt_index, output, completion) for completion in output.outputs]
 
     def _choice(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         index = prompt_index * self._params.n + completion.index
         text, logprobs = "", None
         if self._echo and index not in self._text_length:
-            text, logprobs = self._prompt_text(output), self._logprobs_of_prompt(output)
+            text, logprobs = self._prompt_text(output), self._logprobs_of_prompt.get(prompt_index)
         offset = self._text_length.get(index, 0) + len(text)
         if completion.logprobs and self._params.logprobs is not None:
             generated = completion_logprobs(
@@ -137,13 +142,6 @@ class ChoiceMaker:
         if output.prompt is not None:
             return output.prompt
         return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=self._params.skip_special_tokens)
-
-    def _logprobs_of_prompt(self, output: RequestOutput) -> CompletionLogprobs | None:
-        if self._params.logprobs is None or output.prompt_logprobs is None:
-            return None
-        return completion_logprobs(
-            output.prompt_token_ids, output.prompt_logprobs, offset=0, token_text=self._tokenizer.token_text
-        )
 
 
 class CompletionEvents:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, Protocol
 
 from shardwright.engine.messages import EngineInfo, SchedulerStats
@@ -58,6 +58,6 @@ class ServedEngine(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         stream: Literal["cumulative", "delta"] = "cumulative",
-    ) -> AsyncIterator[RequestOutput]:
-        """Deltas of one request. Its errors are raised at the first step; closing the iterator aborts it."""
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Deltas of one request. Its errors are raised at the first step; closing the generator aborts it."""
         ...

@@ -8,11 +8,12 @@ decided elsewhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from shardwright.engine.cumulative_output import CumulativeOutput
 from shardwright.outputs import RequestOutput
 from shardwright.sampling_params import SamplingParams
 from shardwright.server.context import ServerContext
@@ -27,16 +28,6 @@ class Ended:
     """The end of one of several streams."""
 
     error: Exception | None = None
-
-
-@asynccontextmanager
-async def closing(stream: AsyncIterator[Any]) -> AsyncIterator[None]:
-    """Close an engine stream at the end of the block, whichever kind of iterator it is."""
-    try:
-        yield
-    finally:
-        if (close := getattr(stream, "aclose", None)) is not None:
-            await close()
 
 
 async def run_prompts(
@@ -66,7 +57,7 @@ async def run_prompt(
 ) -> AsyncGenerator[RequestOutput, None]:
     """Deltas of one prompt, seen by the metrics."""
     stream = context.engine.generate(prompt, params, request_id=request_id, priority=priority, stream="delta")
-    async with closing(stream):
+    async with aclosing(stream):
         with context.metrics.observe_request() as observation:
             async for output in stream:
                 observation.add(output)
@@ -111,33 +102,8 @@ async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator
 
 async def gather(outputs: Outputs, num_prompts: int) -> list[RequestOutput]:
     """Run to the end and put the deltas of each prompt together again."""
-    whole: list[RequestOutput | None] = [None] * num_prompts
+    whole = [CumulativeOutput() for _ in range(num_prompts)]
     async with aclosing(outputs):
         async for index, delta in outputs:
-            known = whole[index]
-            if known is None:
-                whole[index] = delta
-            else:
-                extend(known, delta)
-    for output in filter(None, whole):
-        output.outputs.sort(key=lambda completion: completion.index)
-    return [output for output in whole if output is not None]
-
-
-def extend(known: RequestOutput, delta: RequestOutput) -> None:
-    """Append a delta to what is known of the request, in place."""
-    by_index = {completion.index: completion for completion in known.outputs}
-    for news in delta.outputs:
-        if (completion := by_index.get(news.index)) is None:
-            known.outputs.append(news)
-            continue
-        completion.text += news.text
-        completion.token_ids.extend(news.token_ids)
-        if completion.logprobs is not None:
-            completion.logprobs.extend(news.logprobs or [])
-        completion.finish_reason = news.finish_reason
-        completion.stop_reason = news.stop_reason
-    known.finished = delta.finished
-    known.metrics = delta.metrics
-    if delta.prompt_logprobs is not None:
-        known.prompt_logprobs = delta.prompt_logprobs
+            whole[index].add(delta)
+    return [cumulative.output for cumulative in whole]
