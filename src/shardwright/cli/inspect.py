@@ -57,8 +57,8 @@ def inspect(
 
 def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
     """What `inspect --json` says, and its tree. Raises a UsageError if the model cannot be built."""
-    from shardwright.cli.blueprint import Blueprint
     from shardwright.cli.structure import structure_tree
+    from shardwright.worker.blueprint import Blueprint
 
     blueprint = Blueprint.of(config.model)
     module = blueprint.build(blueprint.dtype)

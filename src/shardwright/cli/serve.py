@@ -34,4 +34,5 @@ def serve(model: Model, *, server: dict[str, Any], engine: dict[str, Any]) -> No
         show_logs(logging.INFO)
     from shardwright.server import serve as run_server
 
-    run_server(engine_config, server_config)
+    if code := run_server(engine_config, server_config):
+        raise typer.Exit(code)
