@@ -1,1 +1,50 @@
-"""Serve the model you trained, from the code you trained it with."""
+"""Serve the model you trained, from the code you trained it with.
+
+LLM for offline generation, AsyncLLM for asyncio programs, SamplingParams for both. Importing this package imports
+neither torch nor transformers; the names below do when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardwright.async_llm import AsyncLLM
+    from shardwright.llm import LLM
+    from shardwright.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
+    from shardwright.sampling_params import SamplingParams
+
+__version__ = version("shardwright")
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "FinishReason",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+_HOME = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "SamplingParams": "sampling_params",
+    "CompletionOutput": "outputs",
+    "FinishReason": "outputs",
+    "Logprob": "outputs",
+    "RequestOutput": "outputs",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardwright' has no attribute {name!r}")
+    return getattr(import_module(f"shardwright.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,9 @@
 """Engine options: frozen records, checked once.
 
-Each component takes its own record. The CLI's engine flags and the keyword arguments of `LLM` are both derived from the fields
-here (`EngineConfig.from_options`), so a field is a promise: name, default and help text live in one place. Values of "auto" and
-None are resolved once, by the engine, into what `shardwright serve` logs at start; nothing writes to a record afterwards.
+Each component takes its own record. The CLI's engine flags and the keyword arguments of `LLM` are both derived from the
+fields here (`EngineConfig.from_options`), so a field is a promise: name, default and help text live in one place.
+Values of "auto" and None are resolved once, by the engine, into what `shardwright serve` logs at start; nothing writes
+to a record afterwards.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class CacheConfig:
     def __post_init__(self) -> None:
         check_positive(self, "block_size", "kv_cache_memory_bytes")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization} but must be over 0 and at most 1")
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization} but must be over 0 and at most 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,6 +93,13 @@ def test_half_a_character_at_the_end_is_dropped():
     assert len(total(deltas).outputs[0].token_ids) == 5
 
 
+def test_wrong_bytes_at_the_end_are_text():
+    deltas, _ = run(make_processor(), singles(b"ok\xff"))
+    assert total(deltas).outputs[0].text == "ok\ufffd"
+    deltas, _ = run(make_processor(SamplingParams(stop="k\ufffd")), singles(b"ok\xff"))
+    assert (total(deltas).outputs[0].text, total(deltas).outputs[0].stop_reason) == ("o", "k\ufffd")
+
+
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("stop_reason", [None, 4 + ord(".")])
 def test_the_text_of_a_stop_token_is_hidden_unless_asked_for(include, stop_reason):

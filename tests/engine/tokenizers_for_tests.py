@@ -13,6 +13,13 @@ from shardwright.models.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]  # ids 0 to 3
 EOS = 2
+STRADDLING = b"\x82\xac\xe2"
+LONGER_PIECES = [
+    *(text.encode() for text in ("\u20ac", "\u65e5\u672c", " the", "\U0001f600")),
+    *(STRADDLING, b"\xe6\x97", b"\xa5\xe6", b"\x9c\xac\xe6", b"\x9f\x98", b"\xff\xff\xff\xff\xff", b"a\xe2"),
+]
+"""Of `byte_tokenizer`: words, and parts of words that begin or end within characters."""
+STRADDLING_ID = 260 + LONGER_PIECES.index(STRADDLING)
 
 
 def byte_letters() -> list[str]:
@@ -26,18 +33,17 @@ def byte_letters() -> list[str]:
 
 def wrap(backend: Backend) -> Tokenizer:
     return Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
     )
 
 
 @cache
 def byte_tokenizer() -> Tokenizer:
-    """Byte-level as GPT-2's: byte `b` has the id `4 + b`; then tokens that begin or end within characters."""
+    """Byte-level as GPT-2's: byte `b` has the id `4 + b`; then come longer tokens."""
     letters = byte_letters()
-    pieces = ["\u20ac", "\u65e5\u672c", " the", "\U0001f600"]
-    parts = [b"\xe6\x97", b"\xa5\xe6", b"\x9c\xac\xe6", b"\x82\xac\xe2", b"\x9f\x98", b"\xff\xff\xff\xff\xff", b"a\xe2"]
-    words = [*SPECIAL_TOKENS, *letters]
-    words += ["".join(letters[byte] for byte in part) for part in [*(p.encode() for p in pieces), *parts]]
+    words = [*SPECIAL_TOKENS, *letters, *("".join(letters[byte] for byte in piece) for piece in LONGER_PIECES)]
     backend = Backend(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -45,8 +51,14 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def byte_ids(data: bytes) -> list[int]:
-    """Ids of single bytes in `byte_tokenizer`."""
+    """Ids of single bytes in `byte_tokenizer` and `sentencepiece_tokenizer`."""
     return [len(SPECIAL_TOKENS) + byte for byte in data]
+
+
+def token_bytes(token_id: int, *, skip_special_tokens: bool) -> bytes:
+    """What a token of `byte_tokenizer` stands for."""
+    special = [b"" if skip_special_tokens else token.encode() for token in SPECIAL_TOKENS]
+    return [*special, *(bytes([byte]) for byte in range(256)), *LONGER_PIECES][token_id]
 
 
 @cache

@@ -1,1 +1,3 @@
-"""The user's module becomes a served module: its attention is captured, and what it asks for is found out by running it."""
+"""The user's module becomes a served module: its attention is captured, and what it asks for is found out by running
+it.
+"""

@@ -4,8 +4,8 @@ Modeling code looks its attention function up by name in `ALL_ATTENTION_FUNCTION
 `ALL_MASK_ATTENTION_FUNCTIONS`. Two names are registered:
   * SERVE has no mask function, so models build no masks at all: causality and windows are ours;
   * PROBE has one, which tells what mask each layer would have been given (see adapt/probe.py).
-Nothing but the function's arguments reaches it from the runner, so the handler of the forward pass in progress is held here, opened
-with `handling` around one forward.
+Nothing but the function's arguments reaches it from the runner, so the handler of the forward pass in progress is held
+here, opened with `handling` around one forward.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find out by one short forward pass what attention a module asks for: every call, its heads, scale, window and extras.
 
-The calls of a forward are numbered in order; call i is layer i of the cache. That holds for modules that run more than once and for
-layers that reuse another's keys and values, whatever they are named.
+The calls of a forward are numbered in order; call i is layer i of the cache. That holds for modules that run more than
+once and for layers that reuse another's keys and values, whatever they are named.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.dispatch import PROBE, handling
+from shardwright.adapt.positions import CountingDetector
 from shardwright.adapt.visibility import read_visibility
 from shardwright.attention.layout import AttentionParams
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
 from shardwright.errors import UnsupportedModelError
 
-NUM_PROBE_TOKENS = 4
+NUM_PROBE_TOKENS = 13
+"""A number that is unlikely to be a size of the model, so that what is as long as the prompt stands out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class ProbeHandler:
         name = self._names.get(id(module), type(module).__name__)
         if query.ndim != 4 or query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2]:
             raise UnsupportedModelError(
-                f"{name} attends from {tuple(query.shape)} to {tuple(key.shape)}: not causal self-attention over the same tokens"
+                f"{name} attends from {tuple(query.shape)} to {tuple(key.shape)}: "
+                "not causal self-attention over the same tokens"
             )
         if query.shape[1] % key.shape[1]:
             raise UnsupportedModelError(f"{name} has {query.shape[1]} query heads for {key.shape[1]} KV heads")
@@ -97,8 +100,17 @@ class ProbeHandler:
         return visibility
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one short forward pass showed."""
+
+    calls: list[AttentionCall]
+    counts_positions: bool
+    """The code makes positions by counting tokens, whatever position_ids it gets (see adapt/positions.py)."""
+
+
 @torch.inference_mode()
-def probe_attention(model: nn.Module, *, num_positions: int) -> list[AttentionCall]:
+def probe_attention(model: nn.Module, *, num_positions: int) -> Probe:
     """Run a few tokens through the model, on the device it is on ("meta" too), and record its attention calls.
 
     Args:
@@ -115,8 +127,9 @@ def probe_attention(model: nn.Module, *, num_positions: int) -> list[AttentionCa
         inputs["attention_mask"] = torch.ones(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)
     else:
         inputs["position_ids"] = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
+    counting = CountingDetector(NUM_PROBE_TOKENS)
     try:
-        with handling(handler):
+        with handling(handler), counting:
             model(**inputs, use_cache=False)
     except UnsupportedModelError:
         raise
@@ -124,7 +137,7 @@ def probe_attention(model: nn.Module, *, num_positions: int) -> list[AttentionCa
         raise UnsupportedModelError(f"a short forward pass failed: {type(exc).__name__}: {exc}") from exc
     if not handler.calls:
         raise UnsupportedModelError("its code never calls Transformers' attention interface")
-    return handler.calls
+    return Probe(handler.calls, counts_positions=counting.found and "position_ids" in inputs)
 
 
 def set_attention(model: nn.Module, implementation: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
+from shardwright.adapt.positions import feed_positions
 from shardwright.adapt.probe import AttentionCall, probe_attention, set_attention
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -56,7 +58,9 @@ class ServedModel:
         self.module = module
         self.rung = AttentionRung.INTERFACE
         _check_signature(module)
-        self.calls: list[AttentionCall] = probe_attention(module, num_positions=num_positions)
+        probe = probe_attention(module, num_positions=num_positions)
+        self.calls: list[AttentionCall] = probe.calls
+        self._counts_positions = probe.counts_positions
         self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
         self.layers: list[LayerSpec] = [call.spec for call in self.calls]
         self.groups: list[CacheGroup] = group_layers(self.layers)
@@ -69,7 +73,8 @@ class ServedModel:
         Returns: [R, vocab_size] logits, model dtype, for the rows asked for.
         """
         handler = PagedAttention(self.calls, cache, backend, inputs)
-        with dispatch.handling(handler), _rows_before_head(self.head, inputs.logits_rows):
+        positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
+        with dispatch.handling(handler), _rows_before_head(self.head, inputs.logits_rows), positions:
             output = self.module(
                 input_ids=inputs.input_ids[None], position_ids=inputs.position_ids[None], use_cache=False
             )
@@ -113,28 +118,22 @@ class PagedAttention:
         )[None]
 
 
-class _rows_before_head:
+@contextmanager
+def _rows_before_head(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
     """While open, the head computes only the rows asked for: logits of a whole prompt would be most of its memory."""
-
-    def __init__(self, head: nn.Module | None, rows: Tensor) -> None:
-        self._head = head
-        self._rows = rows
-        self._hook: Any = None
-
-    def __enter__(self) -> None:
-        if self._head is not None:
-            self._hook = self._head.register_forward_pre_hook(self._select)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _select(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].index_select(1, self._rows), *args[1:])
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].index_select(1, rows), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _output_head(module: nn.Module) -> nn.Module | None:
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    get_head: Callable[[], Any] | None = getattr(module, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     return head if isinstance(head, nn.Module) else None
 
 

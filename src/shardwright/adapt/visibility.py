@@ -50,7 +50,9 @@ def read_visibility(mask_function: Callable[..., Any], *, num_positions: int, si
         asked = {query: first_seen(query) for query in probes if 0 <= query <= last}
     except _OnMetaError:  # only chunked masks hold a tensor, of left padding; a model on "meta" can't be asked more
         return Visibility(VisibilityKind.CHUNKED, size_hint)
-    except IndexError:  # it looks into a tensor as long as the probe, such as which tokens belong to an image: none here
+    except (
+        IndexError
+    ):  # it looks into a tensor as long as the probe, such as which tokens belong to an image: none here
         return Visibility(VisibilityKind.SLIDING, size_hint) if size_hint else Visibility()
     for candidate in candidates:
         if all(candidate.first_visible(query) == first for query, first in asked.items()):

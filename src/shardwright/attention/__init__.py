@@ -1,1 +1,3 @@
-"""Paged attention: what a step's attention needs to know, where keys and values lie, and the back ends that compute it."""
+"""Paged attention: what a step's attention needs to know, where keys and values lie, and the back ends that compute
+it.
+"""

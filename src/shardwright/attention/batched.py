@@ -1,9 +1,10 @@
 """Paged attention on torch's own operators, on any device: decodes batched, prompts one by one.
 
-Everything that does not depend on the layer is worked out once per step (`prepare`): which blocks to gather, and the masks. A layer
-then costs a gather and one scaled_dot_product_attention per piece:
+Everything that does not depend on the layer is worked out once per step (`prepare`): which blocks to gather, and the
+masks. A layer then costs a gather and one scaled_dot_product_attention per piece:
   * decodes whose contexts are of similar length are gathered together into [S, L] and masked;
-  * a prompt whose keys are all in this step needs no gather: plain causal attention over the step's own keys and values;
+  * a prompt whose keys are all in this step needs no gather: plain causal attention over the step's own keys and
+  values;
   * a prompt that goes on (a later chunk, or after a prefix hit) gathers its context and is masked.
 Query heads that share a KV head stand in for query positions, so keys and values are never repeated.
 """
@@ -117,7 +118,8 @@ class BatchedBackend:
 
     def _by_sequence(self, rows: Tensor, num_sequences: int) -> Tensor:
         """[S * L, K, D] as [S, K, L, D], in the compute dtype."""
-        return rows.to(self.compute_dtype).unflatten(0, (num_sequences, -1)).transpose(1, 2)
+        sequences: Tensor = rows.to(self.compute_dtype).unflatten(0, (num_sequences, -1))
+        return sequences.transpose(1, 2)
 
     def _decodes(
         self, layout: StepLayout, sequences: np.ndarray, block_tables: np.ndarray, visibility: Visibility
@@ -145,9 +147,7 @@ class BatchedBackend:
             start = end
         return pieces
 
-    def _prompt(
-        self, layout: StepLayout, i: int, block_tables: np.ndarray, visibility: Visibility
-    ) -> PromptPiece:
+    def _prompt(self, layout: StepLayout, i: int, block_tables: np.ndarray, visibility: Visibility) -> PromptPiece:
         start, length = int(layout.num_computed[i]), int(layout.num_tokens[i])
         first, last = int(layout.query_starts[i]), int(layout.query_starts[i + 1])
         context = start + length
@@ -211,7 +211,9 @@ def _prompt_attention(
 
 
 def _weights(scores: Tensor, mask: Tensor, params: AttentionParams, *, head_dims: tuple[int, int]) -> Tensor:
-    """Softmax weights in float32 from raw products; `mask` broadcasts to `scores`, whose dims `head_dims` are K and G."""
+    """Softmax weights in float32 from raw products; `mask` broadcasts to `scores`, whose dims `head_dims` are K and
+    G.
+    """
     scores = scores.float() * params.scale
     if params.softcap is not None:
         scores = torch.tanh(scores / params.softcap) * params.softcap

@@ -43,7 +43,9 @@ class KVCache:
         groups: which layers share block tables.
         num_blocks: blocks of the pool, the null block not counted.
         block_size: tokens per block.
-        dtype, device: of the storage. Memory is claimed when first written to (CPU).
+        dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU the system does that, and
+        claims memory,
+            when a page is first written to.
     """
 
     def __init__(
@@ -59,8 +61,8 @@ class KVCache:
         num_slots = (num_blocks + 1) * block_size
         lanes = [
             (
-                torch.empty(num_slots, keys, dtype=dtype, device=device),
-                torch.empty(num_slots, values, dtype=dtype, device=device),
+                torch.zeros(num_slots, keys, dtype=dtype, device=device),
+                torch.zeros(num_slots, values, dtype=dtype, device=device),
             )
             for keys, values in lane_elements(layers, groups)
         ]
@@ -78,10 +80,18 @@ class KVCache:
                 )
             )
             self.group_of_layer.append(group)
-        # The null block is read, masked, where a table is padded: zeros, for not-a-number survives masking.
-        for keys, values in lanes:
-            keys[:block_size] = 0
-            values[:block_size] = 0
+        self._lanes = lanes
+        self._block_size = block_size
+
+    def scrub(self, blocks: Tensor) -> None:
+        """Replace what is not a finite number in these blocks ([B] int64).
+
+        Places that a mask hides are read all the same, and zero weight times not-a-number is not zero: without this, a
+        request whose activations overflowed would spoil the next one in its blocks.
+        """
+        for rows in (rows for lane in self._lanes for rows in lane):
+            blocked = rows.view(-1, self._block_size, rows.shape[-1])
+            blocked[blocks] = blocked[blocks].nan_to_num()
 
 
 def _heads(lane: Tensor, num_heads: int, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """How the tokens of a step lie in the packed batch, and the protocol of a back end.
 
-Shape suffixes here and in the back ends: T tokens of the step, S sequences in it, H query heads, K key/value heads, G = H / K,
-D head size of queries and keys, V head size of values, L context length, B blocks.
+Shape suffixes here and in the back ends: T tokens of the step, S sequences in it, H query heads, K key/value heads, G =
+H / K, D head size of queries and keys, V head size of values, L context length, B blocks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ class AttentionBackend(Protocol):
         ...
 
     def forward(
-        self, query_THD: Tensor, key_TKD: Tensor, value_TKV: Tensor, cache: LayerCache, plan: Any, params: AttentionParams
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: LayerCache,
+        plan: Any,
+        params: AttentionParams,
     ) -> Tensor:
         """Attention of one layer; keys and values of this step are in the cache already.
 

@@ -81,13 +81,20 @@ class BlockPool:
         """How many of the blocks are free now, so that acquiring them uses up free blocks."""
         return sum(1 for block in set(blocks) if block != NULL_BLOCK and self._references[block] == 0)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Drop these blocks' content from the index."""
+        for block in blocks:
+            self._forget(block)
+
     def forget_all(self) -> None:
         """Drop the index of cached content; blocks stay with their holders."""
         self._block_of.clear()
         self._key_of.clear()
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
-        """Raise AssertionError unless reference counts are exactly those of the block tables given, and nothing leaks."""
+        """Raise AssertionError unless reference counts are exactly those of the block tables given, and nothing
+        leaks.
+        """
         counts = [0] * (self.num_blocks + 1)
         for table in holders:
             for block in table:
@@ -96,7 +103,9 @@ class BlockPool:
         assert counts == self._references, "reference counts differ from what block tables hold"
         free = {block for block in range(1, self.num_blocks + 1) if counts[block] == 0}
         assert free == set(self._free), "free blocks and unreferenced blocks differ"
-        assert {key: block for block, key in self._key_of.items()} == self._block_of, "the two sides of the index differ"
+        assert {key: block for block, key in self._key_of.items()} == self._block_of, (
+            "the two sides of the index differ"
+        )
 
     def _forget(self, block: int) -> None:
         key = self._key_of.pop(block, None)

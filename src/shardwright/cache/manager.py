@@ -63,7 +63,8 @@ class BlockManager:
                 found = [self.pool.find((index, key)) for key in keys[first:length]]
                 missing = next((i for i in range(len(found) - 1, -1, -1) if found[i] is None), None)
                 if missing is not None:
-                    # With a window, a shorter prefix may do where a later block is missing; without, only the part before it.
+                    # With a window, a shorter prefix may do where a later block is missing; without, only the part
+                    # before it.
                     length = first + missing if group.visibility.size is not None else first + found.index(None)
                     break
                 tables.append([NULL_BLOCK] * first + [block for block in found if block is not None])

@@ -1,7 +1,7 @@
 """Keys of block contents: a hash chain over token ids.
 
-The key of a block covers its own tokens and, through the previous key, all tokens before it, so equal keys mean equal prefixes.
-SHA-256 keeps chance and malicious collisions out (a collision would show one user another's context).
+The key of a block covers its own tokens and, through the previous key, all tokens before it, so equal keys mean equal
+prefixes. SHA-256 keeps chance and malicious collisions out (a collision would show one user another's context).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What each attention layer keeps per token, and which layers share block tables.
 
-A block is `block_size` tokens of one *group* of layers. All groups take their blocks from one pool, so that memory goes where the
-traffic needs it: block `b` of a group with k layers uses the first k *lanes* of the storage at place `b`. Groups are therefore cut
-to about the same number of layers (vLLM's hybrid cache manager does the same).
+A block is `block_size` tokens of one *group* of layers. All groups take their blocks from one pool, so that memory goes
+where the traffic needs it: block `b` of a group with k layers uses the first k *lanes* of the storage at place `b`.
+Groups are therefore cut to about the same number of layers (vLLM's hybrid cache manager does the same).
 
     storage      lane 0   lane 1   lane 2          groups of a model with layers  S S S F  (S sliding, F full)
     block 0      (null: stands for what fell out of a window)

@@ -1,4 +1,5 @@
-"""The engine core in a process of its own, seen from the front end: zmq sockets, msgspec messages, and a watch on its life.
+"""The engine core in a process of its own, seen from the front end: zmq sockets, msgspec messages, and a watch on its
+life.
 
     front end                                          core process (engine/process.py)
       PUSH  ── Add, Abort, ResetPrefixCache, Shutdown ──►  PULL
@@ -91,7 +92,9 @@ class CoreClient:
         self._commands.send(self._encoder.encode(command))
 
     async def receive(self) -> EngineOutputs:
-        """What the next step brings. Raises what made the core fail; waits for ever if its process died (see `sentinel`)."""
+        """What the next step brings. Raises what made the core fail; waits for ever if its process died (see
+        `sentinel`).
+        """
         event = self._decoder.decode(await self._async_events.recv())
         if isinstance(event, Failed):
             raise _as_error(event)

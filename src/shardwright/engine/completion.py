@@ -68,7 +68,8 @@ class Completion:
                 num_tokens = place + 1
                 break
         if stop is None and reason is not None:
-            pieces.append(self._stops.flush())
+            text, stop = self._stops.push(self._detokenizer.finish())
+            pieces.append(text + self._stops.flush())
         return CompletionOutput(
             index=self._index,
             text="".join(pieces),

@@ -9,12 +9,14 @@ of a token the same however long the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardwright.models.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_PRIVATE_CHARACTER = "\U0010fffd"
 _MAX_CHARACTER_TOKENS = 4
 """UTF-8 characters have at most four bytes, so four tokens or more that end in none hold a wrong byte."""
 _MAX_INCOMPLETE = 3
@@ -28,10 +30,9 @@ _MAX_WINDOW = 16
 class Detokenizer:
     """Incremental text of one sequence.
 
-    What `push` returns, joined, is the text of all tokens decoded at once, short of replacement characters at its very
-    end: an incomplete character is never shown, and neither are the last wrong bytes that might have become one.
-    (Sentencepiece's byte tokens decode to nothing but replacement characters where a single byte among them is wrong.
-    Text already given out stays.)
+    What `push` returns, joined, and then `finish`, is the text of all tokens decoded at once, short of an incomplete
+    character at the end. (Sentencepiece's byte tokens decode to nothing but replacement characters where a single byte
+    among them is wrong. Text already given out stays.)
 
     Args:
         tokenizer: decodes windows of tokens.
@@ -76,6 +77,18 @@ class Detokenizer:
             delta += self._restart_on_wrong_bytes()
         return delta
 
+    def finish(self) -> str:
+        """The rest of the text: wrong bytes at the end, but not those that would be a character with more to come."""
+        pending = self._text[self._num_shown :]
+        if not pending:
+            return ""
+        for continuation in _continuations(self._tokenizer):
+            completed = self._decode([*self._window, *continuation])
+            if not completed.endswith(_REPLACEMENT):
+                both = zip(pending, completed[self._num_shown :], strict=False)
+                return "".join(old for old, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        return pending
+
     def _restart(self, window: list[int]) -> None:
         """Begin a new window, all of whose text has been given out."""
         self._window = window
@@ -99,3 +112,16 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _continuations(tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokens of bytes of which one or another completes any incomplete character; none if the tokenizer has no bytes.
+
+    They are taken from a character that no tokenizer has merged, since it is in no text: its bytes are F4 8F BF BD.
+    """
+    token_ids = tokenizer.encode(_PRIVATE_CHARACTER, add_special_tokens=False)[-4:]
+    if len(token_ids) < 4 or tokenizer.decode(token_ids) != _PRIVATE_CHARACTER:
+        return []
+    _, low, high, _ = token_ids
+    # Most leading bytes take BF as their second byte; ED and F4, which take no large ones, take 8F.
+    return [[high], [high, high], [high, high, high], [low, high], [low, high, high]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
@@ -28,12 +28,13 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
-Prompt: TypeAlias = str | list[int] | TextPrompt | TokensPrompt
+Prompt: TypeAlias = str | Sequence[int] | TextPrompt | TokensPrompt | Mapping[str, Any]
+"""What may be completed; a mapping has the one key of TextPrompt or TokensPrompt."""
 
 
 def prompt_text(prompt: Prompt) -> str | None:
     """The text of a prompt; None if it is in token ids."""
-    value = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    value = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     return value if isinstance(value, str) else None
 
 
@@ -151,7 +152,7 @@ class InputProcessor:
 
 def _unwrap(prompt: Prompt) -> object:
     """What a prompt given as a dict holds; other prompts as they are."""
-    if not isinstance(prompt, dict):
+    if not isinstance(prompt, Mapping):
         return prompt
     known = ("prompt", "prompt_token_ids")
     if unknown := [key for key in prompt if key not in known]:

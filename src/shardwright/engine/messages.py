@@ -101,8 +101,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention_reason: str
 
 
-
-
 class Add(msgspec.Struct, frozen=True, tag="add", array_like=True):
     """Queue a sequence."""
 

@@ -40,7 +40,8 @@ def run_core_process(config: EngineConfig, command_address: str, event_address: 
         command_address, event_address: zmq endpoints that the parent has bound.
         log_level: of the parent's logger; records go to stderr.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("shardwright").setLevel(log_level)
     context = zmq.Context()

@@ -10,8 +10,8 @@ from shardwright.engine.request import Request
 class WaitingQueue:
     """A heap by `Request.sort_key`; removal in the middle is lazy.
 
-    The key holds the policy: (0, arrival) for first come, first served; (priority, arrival) for priorities. A preempted request
-    keeps its key, so it goes back to where it came from.
+    The key holds the policy: (0, arrival) for first come, first served; (priority, arrival) for priorities. A preempted
+    request keeps its key, so it goes back to where it came from.
     """
 
     def __init__(self) -> None:

@@ -46,6 +46,10 @@ class Request:
         self._keys: list[bytes] = []
 
     @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    @property
     def num_tokens(self) -> int:
         """Tokens known: prompt and output so far."""
         return len(self.token_ids)

@@ -1,16 +1,17 @@
 """Which tokens of which requests the next step computes. No torch here.
 
-There are no phases: a request has tokens to compute, and every step gives it some of one budget (vLLM v1 thinks alike). A step is
-filled in this order:
+There are no phases: a request has tokens to compute, and every step gives it some of one budget (vLLM v1 thinks alike).
+A step is filled in this order:
   1. running requests with one token left (decodes), so that nobody's stream stalls behind a long prompt;
   2. running requests with more left: prompts cut into chunks, and what was preempted;
   3. waiting requests, as long as budget, rows and blocks last, unless something was preempted in this very step.
-When blocks run out, the running request that is last in order is preempted: its blocks go back, and it waits to be computed anew. The
-first in order is never preempted for another, so it always ends: nobody starves.
+When blocks run out, the running request that is last in order is preempted: its blocks go back, and it waits to be
+computed anew. The first in order is never preempted for another, so it always ends: nobody starves.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from shardwright.cache.block_pool import BlockPool
@@ -21,6 +22,8 @@ from shardwright.engine.queue import WaitingQueue
 from shardwright.engine.request import Request, RequestState
 from shardwright.outputs import FinishReason
 from shardwright.worker.batch import Batch, NewRow, StepResult, TableUpdate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +150,7 @@ class Scheduler:
         self._counters.steps += 1
         for place, (request, num_tokens) in enumerate(self._scheduled):
             self._counters.computed_tokens += num_tokens
-            if request.state is not RequestState.RUNNING:  # aborted while the step ran
+            if request.is_finished:  # aborted while the step ran
                 continue
             token = result.token_ids[place]
             logprobs = result.logprobs.get(place)
@@ -161,12 +164,14 @@ class Scheduler:
                 request.append(token, max_model_len=self.limits.max_model_len)
                 self._counters.generated_tokens += 1
             if place in result.errors:
+                logger.error("request %s ended: %s", request.request_id, result.errors[place])
+                self._forget_prefixes(request)
                 request.finish(FinishReason.ABORT)
-            if request.state is RequestState.FINISHED:
+            if request.is_finished:
                 self._release(request)
             elif request.blocks is not None:
                 self._drop_unseen(request)
-            if token is not None or prompt_logprobs or request.state is RequestState.FINISHED:
+            if token is not None or prompt_logprobs or request.is_finished:
                 outputs.append(
                     EngineOutput(
                         request_id=request.request_id,
@@ -304,6 +309,11 @@ class Scheduler:
             end = request.num_computed_tokens + count
             if end // self.limits.block_size > request.blocks.num_stored[0]:
                 self.blocks.store(request.blocks, request.block_keys(self.limits.block_size), end)
+
+    def _forget_prefixes(self, request: Request) -> None:
+        assert request.blocks is not None
+        for table in request.blocks.tables:
+            self.blocks.pool.forget(table)
 
     def _drop_unseen(self, request: Request) -> None:
         assert request.blocks is not None

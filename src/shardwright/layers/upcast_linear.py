@@ -1,9 +1,10 @@
 """Half-precision linears on CPUs without half-precision matrix products.
 
-There torch multiplies bfloat16 and float16 matrices element by element: measured on such a machine (AVX2, 2 cores), all linears of a
-135M model took 350 ms for 32 tokens, in float32 97 ms. A single token is different: that is bound by reading the weights, which are
-half the size. So from a few tokens on, weights are turned to float32 piece by piece in a scratch buffer that stays in the cache of the
-CPU, and multiplied there. Results are those of float32 accumulation, rounded once.
+There torch multiplies bfloat16 and float16 matrices element by element: measured on such a machine (AVX2, 2 cores), all
+linears of a 135M model took 350 ms for 32 tokens, in float32 97 ms. A single token is different: that is bound by
+reading the weights, which are half the size. So from a few tokens on, weights are turned to float32 piece by piece in a
+scratch buffer that stays in the cache of the CPU, and multiplied there. Results are those of float32 accumulation,
+rounded once.
 """
 
 from __future__ import annotations

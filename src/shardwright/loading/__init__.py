@@ -1,1 +1,3 @@
-"""From checkpoint files to parameters: memory-mapped reading, name conversion, tied weights, errors that name what is wrong."""
+"""From checkpoint files to parameters: memory-mapped reading, name conversion, tied weights, errors that name what is
+wrong.
+"""

@@ -33,8 +33,8 @@ def checkpoint_files(path: Path) -> list[Path]:
         files = [path / name for name in names]
         if missing := [file.name for file in files if not file.exists()]:
             raise CheckpointError(
-                f"{path} lacks {len(missing)} of the {len(files)} weight files its index names: {', '.join(missing[:4])}; "
-                "copy or download them again"
+                f"{path} lacks {len(missing)} of the {len(files)} weight files its index names: "
+                f"{', '.join(missing[:4])}; copy or download them again"
             )
         return files
     if (path / SINGLE_FILE).exists():
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path) -> Iterator[dict[str, Any]]:
         slices: dict[str, Any] = {}
         for file in checkpoint_files(path):
             opened = stack.enter_context(_open(file))
-            slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118: not a dict
+            slices |= {name: opened.get_slice(name) for name in list(opened.keys())}
         yield slices
 
 

@@ -1,14 +1,15 @@
 """Fill a module's parameters from its checkpoint.
 
-Transformers knows how published checkpoints map onto its modules (renamed keys, experts merged into one tensor, fused projections
-split), and its loader is used for that. Around it stand what serving needs: nothing missing, nothing left over, nothing of the wrong
-shape in silence.
+Transformers knows how published checkpoints map onto its modules (renamed keys, experts merged into one tensor, fused
+projections split), and its loader is used for that. Around it stand what serving needs: nothing missing, nothing left
+over, nothing of the wrong shape in silence.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,12 @@ def load_weights(model: PreTrainedModel, path: Path, dtype: torch.dtype, *, is_p
 
     Raises: CheckpointError naming weights that are missing, unexpected, of the wrong shape or unreadable.
     """
+    mapping: list[Any] = get_model_conversion_mapping(model)
     options = LoadStateDictConfig(
         pretrained_model_name_or_path=str(path),
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=mapping,
     )
     with open_checkpoint(path) as slices:
         info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=dict(slices), load_config=options)
@@ -82,7 +84,8 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _make_missing(model: PreTrainedModel, path: Path, missing: set[str]) -> None:
-    """Give what no checkpoint holds the values its code computes: buffers kept from the constructor, the rest by its own init.
+    """Give what no checkpoint holds the values its code computes: buffers kept from the constructor, the rest by its
+    own init.
 
     A parameter that stays missing is an error later on, unless the model says that it may be.
     """
@@ -116,8 +119,8 @@ def _check_complete(model: PreTrainedModel, path: Path, missing: set[str], unexp
         )
     if unexpected:
         raise CheckpointError(
-            f"{path} has {len(unexpected)} weights that {type(model).__name__} has no place for: {_some(sorted(unexpected))}; "
-            "does the config belong to another model?"
+            f"{path} has {len(unexpected)} weights that {type(model).__name__} has no place for: "
+            f"{_some(sorted(unexpected))}; does the config belong to another model?"
         )
     if left := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
         raise CheckpointError(f"{path}: nothing was loaded into {_some(left)}")
@@ -129,4 +132,4 @@ def _some(names: list[str]) -> str:
 
 
 def _shape(shape: torch.Size) -> str:
-    return "×".join(map(str, shape))
+    return "x".join(map(str, shape))

@@ -1,9 +1,10 @@
 """Build the user's module without its weights: parameters on "meta", buffers real.
 
-Parameters get their values from the checkpoint, so making them first would only cost time and memory. Buffers are different: rotary
-frequencies, masks and position tables are computed by the constructor and are in no checkpoint. Building everything on "meta", as is
-usual, forgets them, and code must say a second time how they are made. Here only parameters, and the allocations that become
-parameters, go to "meta"; all other tensor code of the constructor runs as its author wrote it.
+Parameters get their values from the checkpoint, so making them first would only cost time and memory. Buffers are
+different: rotary frequencies, masks and position tables are computed by the constructor and are in no checkpoint.
+Building everything on "meta", as is usual, forgets them, and code must say a second time how they are made. Here only
+parameters, and the allocations that become parameters, go to "meta"; all other tensor code of the constructor runs as
+its author wrote it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import initialization as transformers_init
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -51,9 +52,10 @@ def load_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             "upgrade transformers, or add the model's own code to the directory with an auto_map"
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as exc:
         raise ModelSourceError(f"the config of {path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    return config
 
 
 def resolve_dtype(dtype: DType, config: PretrainedConfig, path: Path) -> torch.dtype:
@@ -76,15 +78,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def eos_token_ids(path: Path, config: PretrainedConfig) -> list[int]:
-    """End-of-sequence ids of the generation config, else of the config."""
-    try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        ids = getattr(config.get_text_config(), "eos_token_id", None)
-    return [] if ids is None else [ids] if isinstance(ids, int) else [int(i) for i in ids]
-
-
 def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
     """The causal LM of a config in eval mode: parameters on "meta", buffers as the code computes them.
 
@@ -94,7 +87,8 @@ def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_c
         type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     ):
         raise ModelSourceError(
-            f"model type {config.model_type!r} has no causal language model: shardwright serves decoders that generate text"
+            f"model type {config.model_type!r} has no causal language model: "
+            "shardwright serves decoders that generate text"
         )
     try:
         with ExitStack() as stack:
@@ -109,7 +103,8 @@ def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_c
             f"the code of {config.model_type!r} failed while it built the model: {type(exc).__name__}: {exc}"
         ) from exc
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @contextmanager
@@ -117,12 +112,12 @@ def parameters_on_meta() -> Iterator[None]:
     """While open, every nn.Parameter lands on "meta", and uninitialised allocations are made there to begin with."""
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param)
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
         if param is not None and param.device.type != "meta":
             moved = type(param)(param.to("meta"), requires_grad=param.requires_grad)
             moved.__dict__.update(param.__dict__)
-            module._parameters[name] = moved
+            self._parameters[name] = moved
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:

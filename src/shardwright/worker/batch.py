@@ -1,7 +1,8 @@
 """What the scheduler asks of a worker in one step, and what comes back. Plain records, free of torch.
 
-Every running sequence owns a *row* of the worker's tables (token ids, block tables, sampling parameters). A batch carries only what
-is new to the worker: sequences that start or resume, and blocks added or dropped; sampled tokens the worker writes down by itself.
+Every running sequence owns a *row* of the worker's tables (token ids, block tables, sampling parameters). A batch
+carries only what is new to the worker: sequences that start or resume, and blocks added or dropped; sampled tokens the
+worker writes down by itself.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def build_inputs(
     return ForwardInputs(
         input_ids=tensor(token_rows[row_of_token, positions]),
         position_ids=tensor(positions),
-        slot_mappings=[tensor(table[row_of_token, place].astype(np.int64) * block_size + offset) for table in block_tables],
+        slot_mappings=[
+            tensor(table[row_of_token, place].astype(np.int64) * block_size + offset) for table in block_tables
+        ],
         plans=[
             backend.prepare(layout, table[rows], group.visibility)
             for table, group in zip(block_tables, groups, strict=True)

@@ -27,8 +27,8 @@ CPU_SHARE = 0.5
 def kv_cache_budget(config: CacheConfig, device: torch.device) -> int:
     """Bytes that the KV cache may take. Call it after the model ran a step of the largest size.
 
-    On a GPU: `gpu_memory_utilization` of its memory, less what weights and that step took at their peak. On a CPU: the machine's
-    available memory decides.
+    On a GPU: `gpu_memory_utilization` of its memory, less what weights and that step took at their peak. On a CPU: the
+    machine's available memory decides.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
@@ -94,9 +94,7 @@ def plan_cache(
             budget / 2**30,
         )
         max_model_len = fitting
-    return CachePlan(
-        num_blocks=min(affordable, blocks_for(max_model_len) * max_num_seqs), max_model_len=max_model_len
-    )
+    return CachePlan(num_blocks=min(affordable, blocks_for(max_model_len) * max_num_seqs), max_model_len=max_model_len)
 
 
 def peak_rss_bytes() -> int:

@@ -1,7 +1,7 @@
 """One rank: the model, its KV cache, and the tables of the running sequences.
 
-The tables mirror what the engine knows of each row, so that a step can be built with a few numpy operations whatever the number of
-requests. The engine stays the owner: a row is filled anew whenever its sequence starts or resumes.
+The tables mirror what the engine knows of each row, so that a step can be built with a few numpy operations whatever
+the number of requests. The engine stays the owner: a row is filled anew whenever its sequence starts or resumes.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ class ModelRunner:
             chosen = torch.from_numpy(sampled.token_ids).to(self.device)[:, None]
             for i in sampled_logits.gather(1, chosen).isnan().flatten().nonzero().flatten().tolist():
                 errors[int(samples[i])] = "the model's logits are not numbers (NaN)"
+                self._scrub(int(sampled_rows[i]))
             for i, (place, token) in enumerate(zip(samples.tolist(), sampled.token_ids.tolist(), strict=True)):
                 tokens[place] = token
                 if (row_logprobs := sampled.logprobs[i]) is not None:
@@ -157,6 +158,11 @@ class ModelRunner:
             )
             start += count
         return StepResult(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt, errors=errors)
+
+    def _scrub(self, row: int) -> None:
+        num_blocks = -(-int(self._num_known[row]) // self.backend.block_size)
+        for table in self._block_tables:
+            self.cache.scrub(torch.from_numpy(table[row, :num_blocks].astype(np.int64)).to(self.device))
 
     def _remember(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
         room = self._num_known[rows] < self._token_rows.shape[1]  # a last token at max_model_len ends its sequence

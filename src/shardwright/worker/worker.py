@@ -74,7 +74,9 @@ class Worker:
             served.layers, served.groups, block_size=block_size, element_bytes=torch.finfo(dtype).bits // 8
         )
         if self.device.type == "cuda":
-            run_largest_step(served, backend, num_tokens=max_num_batched_tokens, max_model_len=max_model_len, dtype=dtype)
+            run_largest_step(
+                served, backend, num_tokens=max_num_batched_tokens, max_model_len=max_model_len, dtype=dtype
+            )
         plan = plan_cache(
             kv_cache_budget(config.cache, self.device),
             served.groups,

@@ -1,0 +1,181 @@
+"""AsyncLLM: streams for asyncio programs, with the engine core in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from shardwright.config import EngineConfig
+from shardwright.engine.client import CoreClient
+from shardwright.engine.cumulative_output import CumulativeOutput
+from shardwright.engine.frontend import Frontend, load_frontend_tokenizer
+from shardwright.engine.input_processor import Prompt
+from shardwright.engine.messages import Abort, Add, EngineInfo, ResetPrefixCache, SchedulerStats
+from shardwright.engine.output_processor import ProcessedOutputs
+from shardwright.errors import EngineDeadError, ShardwrightError
+from shardwright.models.tokenizer import Tokenizer
+from shardwright.outputs import RequestOutput
+from shardwright.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A request under way, as its caller waits for it."""
+
+    sequence_ids: list[str]
+    queue: asyncio.Queue[RequestOutput | ShardwrightError] = field(default_factory=asyncio.Queue)
+
+
+class AsyncLLM:
+    """A model that serves many callers at once. To be used from one event loop.
+
+    Args:
+        model: a directory, a hub id, or `smollm2-135m`, the starter model.
+        options: the engine's options, named as the CLI's flags with underscores (see `shardwright.config`).
+
+    Raises: UsageError for models, weights and options that do not work; EngineDeadError if the core died at start.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._start(EngineConfig.from_options(model, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """An engine from its configuration record."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
+        self.config = config
+        self.stats = SchedulerStats()
+        self._streams: dict[str, _Stream] = {}
+        self._receiver: asyncio.Task[None] | None = None
+        self._error: ShardwrightError | None = None
+        self._client = CoreClient(config)
+        try:
+            tokenizer = load_frontend_tokenizer(config)  # while the core loads the model
+            self.info: EngineInfo = self._client.wait_until_ready()
+            self._frontend = Frontend(tokenizer, self.info)
+        except BaseException:
+            self._client.close()
+            raise
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._frontend.tokenizer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the core runs."""
+        return self._error is None and self._client.is_alive
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        stream: Literal["cumulative", "delta"] = "cumulative",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete a prompt, yielding as steps bring tokens. Closing the generator aborts the request.
+
+        Args:
+            prompt: a text, token ids, or a dict with `prompt` or `prompt_token_ids`.
+            sampling_params: how to sample and when to stop.
+            request_id: names the request in logs and for `abort`; must be unique among those running.
+            priority: lower runs first, under the priority policy.
+            stream: "cumulative" outputs hold all so far; "delta" ones only what is new.
+
+        Raises: RequestError at the first iteration; EngineDeadError when the core is gone.
+        """
+        if self._error is not None:
+            raise self._error
+        self._receive_in_background()
+        submission = self._frontend.submit(prompt, sampling_params, request_id=request_id, priority=priority)
+        own = self._streams[submission.request_id] = _Stream([s.request_id for s in submission.sequences])
+        cumulative = CumulativeOutput() if stream == "cumulative" else None
+        is_finished = False
+        try:
+            for sequence in submission.sequences:
+                self._client.send(Add(sequence))
+            while not is_finished:
+                item = await own.queue.get()
+                if isinstance(item, ShardwrightError):
+                    raise item
+                is_finished = item.finished
+                if cumulative is None:
+                    yield item
+                else:
+                    cumulative.add(item)
+                    yield cumulative.output
+        finally:
+            self._streams.pop(submission.request_id, None)
+            if not is_finished:
+                self._abort_in_core(self._frontend.abort(submission.request_id))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request. Its stream ends with finish reason "abort"; unknown ids are ignored."""
+        if (stream := self._streams.get(request_id)) is not None:
+            self._abort_in_core(stream.sequence_ids)
+            self._hand_out(self._frontend.cut_short(stream.sequence_ids))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes."""
+        self._client.send(ResetPrefixCache())
+
+    def close(self) -> None:
+        """End the core process. Running streams end with EngineDeadError."""
+        self._fail(EngineDeadError("the engine was closed"))
+        if self._receiver is not None and not self._receiver.get_loop().is_closed():
+            with contextlib.suppress(RuntimeError):
+                self._receiver.get_loop().remove_reader(self._client.sentinel)
+            self._receiver.cancel()
+        self._client.close()
+
+    def _receive_in_background(self) -> None:
+        if self._receiver is None:
+            loop = asyncio.get_running_loop()
+            self._receiver = loop.create_task(self._receive(), name="shardwright-receiver")
+            loop.add_reader(self._client.sentinel, self._core_died)
+
+    async def _receive(self) -> None:
+        """Hand out what steps bring, until the core fails."""
+        try:
+            while True:
+                outputs = await self._client.receive()
+                self.stats = outputs.stats
+                processed = self._frontend.process(outputs)
+                self._abort_in_core(processed.abort_ids)
+                self._hand_out(processed)
+        except ShardwrightError as exc:
+            self._fail(exc)
+
+    def _hand_out(self, processed: ProcessedOutputs) -> None:
+        for output in processed.request_outputs:
+            if (stream := self._streams.get(output.request_id)) is not None:
+                stream.queue.put_nowait(output)
+
+    def _core_died(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._client.sentinel)
+        self._fail(EngineDeadError(self._client.obituary()))
+
+    def _fail(self, error: ShardwrightError) -> None:
+        """Tell everyone, once, that nothing more will come."""
+        if self._error is None:
+            self._error = error
+            for stream in self._streams.values():
+                stream.queue.put_nowait(error)
+
+    def _abort_in_core(self, sequence_ids: list[str]) -> None:
+        if sequence_ids and self._error is None:
+            self._client.send(Abort(sequence_ids))

@@ -1,0 +1,96 @@
+"""The half of the engine that owns text: checks and tokenizes requests, turns the core's tokens back into outputs.
+
+Both public engines are a Frontend and a core: LLM has the core beside it, AsyncLLM in another process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+from shardwright.config import EngineConfig
+from shardwright.engine.input_processor import InputProcessor, Prompt, prompt_text
+from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
+from shardwright.engine.output_processor import OutputProcessor, ProcessedOutputs
+from shardwright.models.generation import eos_token_ids
+from shardwright.models.resolve import resolve_model
+from shardwright.models.tokenizer import Tokenizer, load_tokenizer
+from shardwright.outputs import FinishReason
+from shardwright.sampling_params import SamplingParams
+
+
+def load_frontend_tokenizer(config: EngineConfig) -> Tokenizer:
+    """The tokenizer of an engine's model, or the one named in its place. Raises ModelSourceError."""
+    model = config.model
+    return load_tokenizer(
+        model.tokenizer or resolve_model(model.model, revision=model.revision),
+        trust_remote_code=model.trust_remote_code,
+        revision=None if model.tokenizer else model.revision,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request that has been taken in."""
+
+    request_id: str
+    sequences: list[EngineRequest]
+    """For the core: one per completion."""
+
+
+class Frontend:
+    """Requests in, RequestOutputs out, for one engine.
+
+    Args:
+        tokenizer: of the model.
+        info: what the core found out at start.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, info: EngineInfo) -> None:
+        self.tokenizer = tokenizer
+        self._inputs = InputProcessor(
+            tokenizer,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            eos_token_ids=[*eos_token_ids(info.path), *tokenizer.eos_token_ids],
+        )
+        self._outputs = OutputProcessor(tokenizer)
+        self._numbers = itertools.count()
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None, *, request_id: str | None = None, priority: int = 0
+    ) -> Submission:
+        """Check a request and expect its outputs.
+
+        Raises: RequestError naming the field at fault, or that the id is in use.
+        """
+        params = params or SamplingParams()
+        request_id = request_id if request_id is not None else f"request-{next(self._numbers)}"
+        arrival_time = time.monotonic()
+        sequences = self._inputs.process(request_id, prompt, params, arrival_time=arrival_time, priority=priority)
+        self._outputs.add(
+            request_id,
+            prompt=prompt_text(prompt),
+            prompt_token_ids=sequences[0].prompt_token_ids,
+            params=params,
+            child_ids=[sequence.request_id for sequence in sequences],
+            arrival_time=arrival_time,
+        )
+        return Submission(request_id, sequences)
+
+    def process(self, outputs: EngineOutputs) -> ProcessedOutputs:
+        """Deltas of requests from what a step brought, and sequences that the core shall abort."""
+        return self._outputs.process(outputs.outputs, now=time.monotonic())
+
+    def cut_short(self, sequence_ids: list[str]) -> ProcessedOutputs:
+        """Deltas that end these sequences with finish reason "abort"."""
+        outputs = [
+            EngineOutput(request_id=sequence_id, new_token_ids=[], finish_reason=FinishReason.ABORT)
+            for sequence_id in sequence_ids
+        ]
+        return self._outputs.process(outputs, now=time.monotonic())
+
+    def abort(self, request_id: str) -> list[str]:
+        """Forget a request. Returns its sequences that the core shall abort."""
+        return self._outputs.abort(request_id)

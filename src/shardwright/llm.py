@@ -1,0 +1,205 @@
+"""LLM: offline generation, with the engine core in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+from shardwright.config import EngineConfig
+from shardwright.engine.core import EngineCore
+from shardwright.engine.cumulative_output import CumulativeOutput
+from shardwright.engine.frontend import Frontend, load_frontend_tokenizer
+from shardwright.engine.input_processor import Prompt
+from shardwright.engine.messages import EngineInfo, SchedulerStats
+from shardwright.errors import EngineDeadError, RequestError
+from shardwright.models.tokenizer import Tokenizer
+from shardwright.outputs import RequestOutput
+from shardwright.sampling_params import SamplingParams
+
+Messages = list[dict[str, Any]]
+"""A conversation as OpenAI's API has it: dicts with `role` and `content`."""
+
+
+class LLM:
+    """A model, ready to generate. All requests of a call run together, batched as blocks and budget allow.
+
+    Args:
+        model: a directory, a hub id, or `smollm2-135m`, the starter model.
+        options: the engine's options, named as the CLI's flags with underscores (see `shardwright.config`).
+
+    Raises: UsageError for models, weights and options that do not work.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._start(EngineConfig.from_options(model, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """An engine from its configuration record."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
+        self.config = config
+        tokenizer = load_frontend_tokenizer(config)
+        self._core: EngineCore | None = EngineCore.from_config(config)
+        self.info: EngineInfo = self._core.info
+        self._frontend = Frontend(tokenizer, self.info)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._frontend.tokenizer
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """State of the scheduler after the latest step."""
+        return self._live_core.stats
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts.
+
+        Args:
+            prompts: texts, lists of token ids, or dicts with `prompt` or `prompt_token_ids`; one of them, or many.
+            sampling_params: for all prompts, or one for each.
+            use_tqdm: show progress on stderr.
+
+        Returns: one output per prompt, in order.
+        Raises: RequestError before anything runs, if one of the requests is wrong.
+        """
+        prompts = _as_list(prompts)
+        results = [CumulativeOutput() for _ in prompts]
+        with _progress(len(prompts), enabled=use_tqdm) as progress:
+            for index, delta in self.stream(prompts, sampling_params):
+                results[index].add(delta)
+                progress.advance(delta)
+        return [result.output for result in results]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations: `generate` on what the model's chat template makes of them.
+
+        Args:
+            messages: one conversation, or many.
+            sampling_params, use_tqdm: as for `generate`.
+            template_kwargs: passed on to Tokenizer.apply_chat_template.
+
+        Raises: RequestError if the tokenizer has no chat template, or it refuses the messages.
+        """
+        conversations: Any = [messages] if not messages or isinstance(messages[0], dict) else messages
+        prompts: list[Prompt] = [
+            {"prompt_token_ids": self.tokenizer.apply_chat_template(conversation, **template_kwargs)}
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Complete prompts and yield what is new, as steps bring it.
+
+        Leaving the loop early aborts what has not ended.
+
+        Yields: (index of the prompt, output with only the new text, tokens and log-probabilities).
+        Raises: as `generate`.
+        """
+        core = self._live_core
+        prompts = _as_list(prompts)
+        params = _for_each(sampling_params, len(prompts))
+        index_of: dict[str, int] = {}
+        try:
+            submissions = []
+            for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+                submission = self._frontend.submit(prompt, own)
+                index_of[submission.request_id] = index
+                submissions.append(submission)
+            for submission in submissions:
+                for sequence in submission.sequences:
+                    core.add(sequence)
+            while core.has_work:
+                processed = self._frontend.process(core.step())
+                for sequence_id in processed.abort_ids:
+                    core.abort(sequence_id)
+                for output in processed.request_outputs:
+                    index = index_of[output.request_id]
+                    if output.finished:
+                        del index_of[output.request_id]
+                    yield index, output
+        finally:
+            for request_id in index_of:
+                for sequence_id in self._frontend.abort(request_id):
+                    core.abort(sequence_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes, for measurements that must not profit from earlier ones."""
+        self._live_core.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Free the model and its cache. The engine cannot be used afterwards."""
+        self._core = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _live_core(self) -> EngineCore:
+        if self._core is None:
+            raise EngineDeadError("the engine is closed: make a new LLM")
+        return self._core
+
+
+class _progress:
+    """A bar of finished requests on stderr, with output tokens per second."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        self._bar = tqdm(total=total, desc="requests", disable=not enabled, dynamic_ncols=True)
+        self._num_tokens = 0
+
+    def advance(self, delta: RequestOutput) -> None:
+        self._num_tokens += sum(len(output.token_ids) for output in delta.outputs)
+        if delta.finished:
+            elapsed = self._bar.format_dict["elapsed"] or 1e-9
+            self._bar.set_postfix_str(f"{self._num_tokens / elapsed:.1f} tok/s", refresh=False)
+            self._bar.update()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one or many; a list of integers is one."""
+    is_one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast("Prompt", prompts)] if is_one else list(cast("Sequence[Prompt]", prompts))
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(f"{count} prompts but {len(params)} sampling_params: give one for all, or one for each")
+    return params
