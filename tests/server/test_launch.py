@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
+from tests.server.process import ServerProcess, free_port
 
 from shardwright.config import EngineConfig
 from shardwright.errors import ConfigError
@@ -35,57 +32,26 @@ run(SlowEngine(), config, bind(config.host, config.port))
 print("ended well")
 """
 
-Start = Callable[..., "Process"]
-
-
-class Process:
-    """A server process around the alphabet engine, at 20 tokens per second."""
-
-    def __init__(self, drain_timeout_s: float) -> None:
-        with bind("127.0.0.1", 0) as sock:
-            port = sock.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(drain_timeout_s)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.05)
-        raise TimeoutError(self.process.communicate())
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
-        out, err = self.process.communicate(timeout=10)
-        return self.process.returncode, out, err
+Start = Callable[..., ServerProcess]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    started: list[Process] = []
+    """Starts servers around the alphabet engine, at 20 tokens per second."""
+    started: list[ServerProcess] = []
 
-    def make(*, drain_timeout_s: float = 20) -> Process:
-        started.append(Process(drain_timeout_s))
+    def make(*, drain_timeout_s: float = 20) -> ServerProcess:
+        port = free_port()
+        started.append(ServerProcess("-c", PROGRAM, str(port), str(drain_timeout_s), port=port))
         started[-1].wait_until_ready()
         return started[-1]
 
     yield make
     for one in started:
-        one.process.kill()
-        one.process.communicate()
+        one.kill()
 
 
-def stream(server: Process, max_tokens: int) -> Iterator[str]:
+def stream(server: ServerProcess, max_tokens: int) -> Iterator[str]:
     body = {"prompt": "a", "max_tokens": max_tokens, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as response:
         yield from (line for line in response.iter_lines() if line)
