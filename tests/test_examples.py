@@ -19,7 +19,7 @@ MODEL = "smollm2-135m"
 
 def run_example(name: str, argument: str) -> str:
     command = [sys.executable, str(EXAMPLES / name), argument]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
