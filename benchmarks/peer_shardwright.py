@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 from child import serve
-from shardwright.llm import LLM
 
+from shardwright.llm import LLM
 from shardwright.sampling_params import SamplingParams
 
 
