@@ -156,7 +156,7 @@ async def test_harmless_fields_of_openai_are_accepted(client: httpx.AsyncClient)
             "text only",
         ),
         ({"messages": [{"role": "user", "contents": "x"}]}, "messages[0].contents", "unknown parameter"),
-        ({"messages": [{"role": "user", "content": "a" * 70}]}, "prompt", "87 tokens but max_model_len is 64"),
+        ({"messages": [{"role": "user", "content": "a" * 70}]}, "messages", "87 tokens but max_model_len is 64"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),

@@ -4,6 +4,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -112,6 +113,14 @@ def test_taken_port_is_told_before_the_model_is_looked_for() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use: .*--port"):
             serve(EngineConfig.from_options("/no/such/model"), ServerConfig(port=port))
+
+
+def test_broken_certificate_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pem"
+    broken.write_text("no certificate")
+    config = ServerConfig(port=0, ssl_certfile=str(broken), ssl_keyfile=str(broken))
+    with pytest.raises(ConfigError, match="PEM"):
+        serve(EngineConfig.from_options("/no/such/model"), config)
 
 
 def test_two_that_start_together_are_told_when_they_listen() -> None:

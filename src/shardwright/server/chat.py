@@ -49,7 +49,9 @@ def chat_router(context: ServerContext) -> APIRouter:
         context.check_model(body.model)
         params, prompt = chat_params(body), conversation_prompt(context, body.messages, body)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        outputs = run_prompts(context, [prompt], params, request_id=request_id, priority=body.priority or 0)
+        outputs = run_prompts(
+            context, [prompt], params, request_id=request_id, priority=body.priority or 0, prompt_field="messages"
+        )
         headers = {"X-Request-Id": request_id}
         head: dict[str, Any] = {"id": request_id, "created": int(time.time()), "model": context.model_name}
         if body.stream:

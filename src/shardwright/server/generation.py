@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardwright.engine.cumulative_output import CumulativeOutput
+from shardwright.errors import RequestError
 from shardwright.outputs import RequestOutput
 from shardwright.sampling_params import SamplingParams
 from shardwright.server.context import ServerContext
@@ -37,19 +38,33 @@ async def run_prompts(
     *,
     request_id: str,
     priority: int,
+    prompt_field: str = "prompt",
 ) -> Outputs:
     """Deltas of all prompts as steps bring them; an error of any prompt is raised and ends the others.
 
-    Raises at the first step: RequestError, EngineBusyError, EngineDeadError.
+    Args:
+        context: of the server.
+        prompts: what to complete, side by side.
+        params: for all of them.
+        request_id: prefix of the prompts' own ids.
+        priority: lower runs first, under the priority policy.
+        prompt_field: the request's field that the prompts were made of, to be named by errors.
+
+    Raises: RequestError, EngineBusyError, EngineDeadError, all at the first step; the last one later, too.
     """
     with context.lifecycle.admit(len(prompts) * params.n):
         streams = [
             run_prompt(context, prompt, params, request_id=f"{request_id}-{index}", priority=priority)
             for index, prompt in enumerate(prompts)
         ]
-        async with aclosing(merge(streams)) as merged:
-            async for item in merged:
-                yield item
+        try:
+            async with aclosing(merge(streams)) as merged:
+                async for item in merged:
+                    yield item
+        except RequestError as exc:
+            if exc.param == "prompt":
+                exc.param = prompt_field
+            raise
 
 
 async def run_prompt(

@@ -6,6 +6,7 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 from types import FrameType
 
 import uvicorn
@@ -34,6 +35,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     Raises: ConfigError if the address is taken, before the model is loaded; what the engine raises if it cannot start.
     """
     server_config.read_chat_template()
+    check_certificate(server_config)
     with bind(server_config.host, server_config.port) as sock:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until uvicorn takes over
         try:
@@ -47,6 +49,19 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         except KeyboardInterrupt:
             logger.info("stopped")
     return 0
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Raise ConfigError if the TLS files cannot be used, before uvicorn finds out."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except OSError as exc:  # SSLError is one
+        raise ConfigError(
+            f"ssl_certfile {config.ssl_certfile!r} and ssl_keyfile {config.ssl_keyfile!r} are no certificate and "
+            f"unencrypted key in PEM format: {exc}"
+        ) from exc
 
 
 def run(engine: ServedEngine, config: ServerConfig, sock: socket.socket) -> None:
