@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from shardwright.bench import workloads
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
-from shardwright.cli.output import print_json, print_text, remark, working
+from shardwright.cli.output import announce, print_json, print_text, remark, working
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
@@ -105,9 +106,8 @@ def measure_workloads(
     from shardwright.bench.run import measure_best, obstacle, warm_up, workload_as_json
     from shardwright.llm import LLM
 
-    with working(f"loading {model}"):
-        llm = LLM(model, **engine)
-    with llm:
+    announce(f"loading {model}")
+    with LLM(model, **engine) as llm:
         skipped = [{"name": w.name, "reason": reason} for w in chosen if (reason := obstacle(w, llm))]
         for entry in skipped:
             remark(f"skipping {entry['name']}: {entry['reason']}")
@@ -117,16 +117,16 @@ def measure_workloads(
         machine = measure_device(llm.info.device)
         weights = Weights.of_engine(llm.info)
         warm_up(llm)
-        rows = []
+        runs = []
         for workload in runnable:
             with working(f"{workload.name}, {repeat} times"):
-                best = measure_best(llm, workload, repeat=repeat)
-            rows.append(workload_as_json(workload, best, weights=weights, machine=machine))
+                runs.append((workload, measure_best(llm, workload, repeat=repeat)))
+        machine = machine.at_best(measure_device(llm.info.device))  # it may have been busy the first time
         return {
             "machine": machine.as_json(),
             "dtype": llm.info.dtype,
             "device": llm.info.device,
-            "workloads": rows,
+            "workloads": [workload_as_json(*run, weights=weights, machine=machine) for run in runs],
             "skipped": skipped,
         }
 
@@ -143,37 +143,34 @@ def show(document: dict[str, Any], *, json: bool) -> None:
         f" {machine['read_gb_per_s']:.1f} GB/s, multiplies {machine['gemm_gflop_per_s']:.0f} GFLOP/s"
         f" ({machine['gemm_dtype']})",
         markup=False,
+        soft_wrap=True,
     )
     if document["workloads"]:
         console.print(workload_table(document))
     if started := document.get("start"):
         console.print(
             f"start: ready after {started['ready_s']:.2f} s, first token after {started['first_token_s']:.2f} s,"
-            f" peak memory {started['peak_rss_mib']:.0f} MiB (files in the page cache)"
+            f" peak memory {started['peak_rss_mib']:.0f} MiB (files in the page cache)",
+            soft_wrap=True,
         )
 
 
 def workload_table(document: dict[str, Any]) -> Table:
     """One row per workload: its speed, the bound and the share of it, and the latencies in milliseconds."""
-    table = Table(title=f"{document['model']}, {document['dtype']} on {document['device']}", title_justify="left")
-    table.add_column("workload")
-    for column in (
-        "requests",
-        "prompt",
-        "output",
-        "tok/s",
-        "bound",
-        "of bound",
-        "TTFT ms p50/p90/p99",
-        "ITL ms p50/p90/p99",
-    ):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"{document['model']}, {document['dtype']} on {document['device']}; latencies in ms: p50/p90/p99",
+        title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("workload", no_wrap=True)
+    for column in ("tok/s", "bound", "of bound", "TTFT", "ITL"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in document["workloads"]:
         speed = row[f"{row['headline']}_tokens_per_s"]
         table.add_row(
-            row["name"],
-            *(str(row[name]) for name in ("requests", "prompt_tokens", "output_tokens")),
-            f"{speed:.1f}" + (" total" if row["headline"] == "total" else ""),
+            row["name"] + (" (total)" if row["headline"] == "total" else ""),
+            f"{speed:.1f}",
             f"{row['bound_tokens_per_s']:.1f}",
             f"{row['fraction_of_bound']:.0%}",
             milliseconds(row["ttft_s"]),
@@ -184,4 +181,4 @@ def workload_table(document: dict[str, Any]) -> Table:
 
 def milliseconds(values: dict[str, float] | None) -> str:
     """Percentiles for the table."""
-    return " / ".join(f"{value * 1000:.0f}" for value in values.values()) if values else "-"
+    return "/".join(f"{value * 1000:.0f}" for value in values.values()) if values else "-"

@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
-from shardwright.cli.output import print_json, working
+from shardwright.cli.output import announce, print_json
 from shardwright.config import EngineConfig
 from shardwright.errors import UnsupportedModelError
 
@@ -47,8 +47,8 @@ def inspect(
     Layers that are built alike are shown once.
     """
     config = EngineConfig.from_options(model, **engine)
-    with working(f"building {model}"):
-        report, tree = look_into(config)
+    announce(f"looking into {model}")
+    report, tree = look_into(config)
     if json:
         print_json({**report, "tree": tree.as_json(depth=depth, params=params)})
     else:

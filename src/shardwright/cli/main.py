@@ -95,4 +95,6 @@ def main() -> None:
     """Entry point of the installed program."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # text in any language, whatever the locale
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers' bars too: a log is no place for them
     sys.exit(run_command(sys.argv[1:]))

@@ -41,6 +41,12 @@ def print_error(text: str) -> None:
     stderr().print(Text.assemble(("error:", "bold red"), f" {text}"), soft_wrap=True)
 
 
+def announce(text: str) -> None:
+    """Tell a person at a terminal what the wait is for. What follows may draw progress bars of its own."""
+    if sys.stderr.isatty():
+        remark(f"{text} ...")
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show a spinner on a terminal while something takes time."""

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, sampling_flags, with_flags
-from shardwright.cli.output import print_json, print_text, process_age_s, remark, working
+from shardwright.cli.output import announce, print_json, print_text, process_age_s, remark
 from shardwright.cli.prompts import check_text, read_prompts
 from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
 from shardwright.sampling_params import SamplingParams
@@ -64,11 +64,10 @@ def run(
     texts = read_prompts(prompts or [], prompt_token_ids or [])
     if system is not None:
         check_text(system, "--system")
-    with working(f"loading {model}"):
-        from shardwright.llm import LLM
+    announce(f"loading {model}")
+    from shardwright.llm import LLM
 
-        llm = LLM(model, **engine)
-    with llm:
+    with LLM(model, **engine) as llm:
         ready_s = process_age_s()
         inputs = [as_input(llm, text, chat=chat or system is not None, system=system) for text in texts]
         start = time.perf_counter()
