@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
+import msgspec
+
 from shardwright.engine.messages import EngineInfo, SchedulerStats
 from shardwright.errors import EngineDeadError, PromptTooLongError, RequestError
 from shardwright.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
@@ -18,25 +20,18 @@ from shardwright.sampling_params import SamplingParams
 MAX_MODEL_LEN = 64
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
-INFO = EngineInfo(
-    model="alphabet",
-    path="/models/alphabet",
-    model_type="fake",
-    architecture="AlphabetForCausalLM",
-    dtype="float32",
-    device="cpu",
-    num_parameters=26,
-    weight_bytes=104,
-    vocab_size=128,
-    max_model_len=MAX_MODEL_LEN,
-    block_size=4,
-    num_blocks=32,
-    kv_cache_bytes=4096,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    attention_rung="interface",
-    attention_reason="",
-)
+KNOWN: dict[str, Any] = {
+    "model": "alphabet",
+    "architecture": "AlphabetForCausalLM",
+    "dtype": "float32",
+    "device": "cpu",
+    "num_parameters": 26,
+    "vocab_size": 128,
+    "max_model_len": MAX_MODEL_LEN,
+    "num_blocks": 32,
+}
+INFO = EngineInfo(**{field.name: field.type() for field in msgspec.structs.fields(EngineInfo)} | KNOWN)
+"""What the server does not look at is empty."""
 
 
 class AsciiTokenizer:
