@@ -254,6 +254,32 @@ def test_client_that_gives_up_waiting_frees_its_blocks(server: ServerProcess, cl
     assert server.metrics()['requests_total{finish_reason="abort"}'] == before + 8
 
 
+def test_clients_that_come_and_go_leave_nothing_behind(server: ServerProcess, client: OpenAI) -> None:
+    before = client.completions.create(prompt=PROMPT, max_tokens=20, **GREEDY).choices[0].text
+
+    async def come_and_go(client: AsyncOpenAI, number: int) -> None:
+        stream = await client.completions.create(
+            model=MODEL,
+            prompt=PROMPT * (1 + number % 5),
+            n=1 + number % 3,
+            max_tokens=60,
+            stream=True,
+            seed=number,
+            extra_body={"ignore_eos": True},
+        )
+        async with stream:
+            for _ in range(number * 7 % 40):
+                await anext(stream)
+
+    async def all_at_once() -> None:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            await asyncio.gather(*(come_and_go(client, number) for number in range(40)))
+
+    asyncio.run(all_at_once())
+    wait_until(lambda: is_idle(server))
+    assert client.completions.create(prompt=PROMPT, max_tokens=20, **GREEDY).choices[0].text == before
+
+
 def test_metrics_count_what_was_served(server: ServerProcess, client: OpenAI) -> None:
     before = server.metrics()
     for _ in range(2):
