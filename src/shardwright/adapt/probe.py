@@ -6,6 +6,7 @@ once and for layers that reuse another's keys and values, whatever they are name
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -146,3 +147,10 @@ def set_attention(model: nn.Module, implementation: str) -> None:
         model.set_attn_implementation(implementation)  # type: ignore[operator]
     except Exception as exc:
         raise UnsupportedModelError(f"its attention cannot be replaced: {type(exc).__name__}: {exc}") from exc
+
+
+def accepts(model: nn.Module, argument: str, *, or_any: bool = False) -> bool:
+    """Whether the model's forward names an argument; with `or_any`, also whether it takes any keyword."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = or_any and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return argument in parameters or takes_any

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
 from shardwright.adapt.positions import feed_positions
-from shardwright.adapt.probe import AttentionCall, probe_attention, set_attention
+from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, set_attention
+from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
-
-
-class AttentionRung(StrEnum):
-    """How a model's attention was captured, best first; `inspect` shows it. More rungs will come below this one."""
-
-    INTERFACE = "interface"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +130,7 @@ def _output_head(module: nn.Module) -> nn.Module | None:
 
 
 def _check_signature(module: nn.Module) -> None:
-    parameters = inspect.signature(module.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "position_ids" not in parameters and not takes_any:
+    if not accepts(module, "position_ids", or_any=True):
         raise UnsupportedModelError(
             f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
         )
-
-
-def on_device(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with parameters and buffers on the device."""
-    return module if device.type == "cpu" else module.to(device)

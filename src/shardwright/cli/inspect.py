@@ -18,6 +18,7 @@ from shardwright.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from shardwright.adapt.served_model import ServedModel
     from shardwright.cli.structure import Node
+    from shardwright.worker.step import StepModel
 
 FLAGS = ("revision", "dtype", "trust_remote_code", "max_model_len")
 
@@ -79,7 +80,8 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
     try:
         served = blueprint.capture_attention(num_parameters=tree.num_parameters)
     except UnsupportedModelError as error:
-        report |= {"attention": {"rung": None, "reason": str(error)}, "cache_groups": [], "replaced": []}
+        rung = "per-request" if blueprint.is_large(tree.num_parameters) else None
+        report |= {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": []}
     else:
         report |= describe_attention(
             served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len
@@ -87,10 +89,15 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
     return report, tree
 
 
-def describe_attention(served: ServedModel, *, element_bytes: int, max_model_len: int) -> dict[str, Any]:
+def describe_attention(served: StepModel | ServedModel, *, element_bytes: int, max_model_len: int) -> dict[str, Any]:
     """How the attention of a model is captured, and what its cache takes."""
     groups = []
     for group in served.groups:
+        if not group.layers:  # a cache of the model's own kind, or none
+            groups.append(
+                {"kind": "none", "window": None, "layers": [], "bytes_per_token": None, "bytes_per_request": None}
+            )
+            continue
         bytes_per_token = sum(served.layers[i].elements_per_token for i in group.layers) * element_bytes
         window = group.visibility.size
         groups.append(
@@ -130,6 +137,9 @@ def show(report: dict[str, Any], tree: Node, *, depth: int | None, params: bool)
     rung = attention["rung"] or "none, the model cannot be served yet"
     console.print(f"attention: {rung}: {attention['reason']}", markup=False, soft_wrap=True)
     for group in report["cache_groups"]:
+        if group["kind"] == "none":
+            console.print("cache: none of ours; the model keeps its own, or does without")
+            continue
         window = f" of {group['window']:,} tokens" if group["window"] else ""
         console.print(
             f"cache: {group['kind']}{window}, {len(group['layers'])} layers: {size(group['bytes_per_token'])} a token, "

@@ -99,6 +99,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     attention_rung: str
     attention_reason: str
+    takes_chunks: bool
+    """Whether prompts may be computed in pieces and begin after a cached prefix."""
 
 
 class Add(msgspec.Struct, frozen=True, tag="add", array_like=True):

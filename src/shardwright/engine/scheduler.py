@@ -95,6 +95,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._freed_rows: list[int] = []
         self._arrivals = 0
         self._counters = _Counters()
         self._scheduled: list[tuple[Request, int]] = []
@@ -139,7 +140,10 @@ class Scheduler:
             num_tokens=step.num_tokens,
             new_rows=step.new_rows,
             table_updates=step.updates,
+            freed_rows=self._freed_rows,
         )
+        if batch.rows:
+            self._freed_rows = []
         for request, num_tokens in self._scheduled:
             request.num_computed_tokens += num_tokens
         return batch
@@ -307,7 +311,7 @@ class Scheduler:
         for request, count in zip(requests, num_tokens, strict=True):
             assert request.blocks is not None
             end = request.num_computed_tokens + count
-            if end // self.limits.block_size > request.blocks.num_stored[0]:
+            if end // self.limits.block_size > min(request.blocks.num_stored):
                 self.blocks.store(request.blocks, request.block_keys(self.limits.block_size), end)
 
     def _forget_prefixes(self, request: Request) -> None:
@@ -345,6 +349,7 @@ class Scheduler:
         self.blocks.release(request.blocks)
         request.blocks = None
         self._free_rows.append(_row(request))
+        self._freed_rows.append(_row(request))
         request.row = None
 
 

@@ -27,10 +27,9 @@ def checkpoint_files(path: Path) -> list[Path]:
     index = path / INDEX_FILE
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as exc:
+            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise CheckpointError(f"the index {index} cannot be read: {type(exc).__name__}: {exc}") from exc
-        files = [path / name for name in names]
         if missing := [file.name for file in files if not file.exists()]:
             raise CheckpointError(
                 f"{path} lacks {len(missing)} of the {len(files)} weight files its index names: "

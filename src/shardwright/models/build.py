@@ -9,6 +9,7 @@ its author wrote it.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The causal LM of a config in eval mode: parameters on "meta", buffers as the code computes them.
+    """The causal LM of a config in eval mode: parameters on "meta", buffers as the code computes them in float32.
 
     Raises: UnsupportedModelError if the code fails; ModelSourceError if there is no causal LM for the config.
     """
@@ -91,20 +92,38 @@ def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_c
             "shardwright serves decoders that generate text"
         )
     try:
-        with ExitStack() as stack:
-            stack.enter_context(transformers_init.no_init_weights())
-            stack.enter_context(transformers_init.no_tie_weights())
-            stack.enter_context(parameters_on_meta())
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
-            )
+        model = _construct(config, dtype, trust_remote_code=trust_remote_code)
+        if dtype is not torch.float32:
+            _round_buffers(model, _construct(copy.deepcopy(config), torch.float32, trust_remote_code=trust_remote_code))
     except Exception as exc:
         raise UnsupportedModelError(
             f"the code of {config.model_type!r} failed while it built the model: {type(exc).__name__}: {exc}"
         ) from exc
+    return model.eval()
+
+
+def _construct(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    with ExitStack() as stack:
+        stack.enter_context(transformers_init.no_init_weights())
+        stack.enter_context(transformers_init.no_tie_weights())
+        stack.enter_context(parameters_on_meta())
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
     assert isinstance(model, PreTrainedModel)
-    model.eval()
     return model
+
+
+def _round_buffers(model: PreTrainedModel, precise: PreTrainedModel) -> None:
+    """Give buffers the values that the same code computes in float32.
+
+    A constructor that runs in half precision rounds each step on the way to a table: rotary angles are then off by
+    whole radians a few hundred positions in. Types stay as the half-precision constructor chose them.
+    """
+    values = dict(precise.named_buffers())
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.device.type != "meta":
+            buffer.copy_(values[name])
 
 
 @contextmanager

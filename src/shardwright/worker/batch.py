@@ -45,6 +45,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_tokens: list[int]
     new_rows: list[NewRow]
     table_updates: list[TableUpdate]
+    freed_rows: list[int] = []
+    """Rows whose sequences left since the last batch; some may be taken again by `new_rows`."""
 
     @property
     def total_tokens(self) -> int:

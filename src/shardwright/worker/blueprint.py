@@ -10,13 +10,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shardwright.adapt.served_model import ServedModel
-from shardwright.attention.batched import BatchedBackend
 from shardwright.config import ModelConfig
 from shardwright.errors import CheckpointError, UnsupportedModelError
 from shardwright.loading.load import load_dummy_weights, load_weights
 from shardwright.models.build import build_module, load_config, resolve_dtype
 from shardwright.models.resolve import resolve_model
-from shardwright.worker.self_check import check_against_eager
+from shardwright.worker.ladder import climb
+from shardwright.worker.step import StepModel
 from shardwright.worker.worker import resolve_max_model_len
 
 MOST_CHECKED_PARAMETERS = 500_000_000
@@ -54,7 +54,7 @@ class Blueprint:
         module.tie_weights(recompute_mapping=False)
         return module
 
-    def capture_attention(self, *, num_parameters: int) -> ServedModel:
+    def capture_attention(self, *, num_parameters: int) -> StepModel | ServedModel:
         """Capture the model's attention as serving it would.
 
         A model of moderate size is checked against its own attention too, with its weights, or random ones if they
@@ -62,16 +62,25 @@ class Blueprint:
 
         Raises: UnsupportedModelError, with the reason.
         """
-        if num_parameters <= MOST_CHECKED_PARAMETERS:
-            served = ServedModel(self._with_weights(), num_positions=self.max_model_len)
-            backend = BatchedBackend(block_size=BLOCK_SIZE, device=torch.device("cpu"), compute_dtype=torch.float32)
-            vocab_size = self.config.get_text_config().vocab_size
-            check_against_eager(served, backend, vocab_size=vocab_size, dtype=torch.float32)
-            return served
+        if not self.is_large(num_parameters):
+            return climb(
+                self._with_weights(),
+                num_positions=self.max_model_len,
+                vocab_size=self.config.get_text_config().vocab_size,
+                block_size=BLOCK_SIZE,
+                dtype=torch.float32,
+                compute_dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
         try:
             return ServedModel(self.build(self.dtype), num_positions=self.max_model_len)
         except UnsupportedModelError:
             return ServedModel(fill_with_zeros(self.build(self.dtype)), num_positions=self.max_model_len)
+
+    @staticmethod
+    def is_large(num_parameters: int) -> bool:
+        """Whether the model is looked at only for the first rung of the ladder, and not run against its own logits."""
+        return num_parameters > MOST_CHECKED_PARAMETERS
 
     def _with_weights(self) -> PreTrainedModel:
         module = self.build(torch.float32)

@@ -12,14 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardwright.adapt.served_model import ServedModel
-from shardwright.attention.kv_cache import KVCache
-from shardwright.attention.layout import AttentionBackend
 from shardwright.engine.messages import TokenLogprobs
 from shardwright.worker.batch import Batch, StepResult
-from shardwright.worker.inputs import build_inputs
 from shardwright.worker.sampler import Sampler, prompt_logprobs
 from shardwright.worker.sampling_state import SamplingState
+from shardwright.worker.step import Ints, StepModel, StepTables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,40 +26,40 @@ class RunnerLimits:
     max_num_seqs: int
     max_model_len: int
     vocab_size: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoredPrompt:
+    """Prompt positions of one sequence whose next tokens are scored."""
+
+    place: int
+    """Of the sequence in the batch."""
+    first: int
+    """Position of the first of them."""
+    packed_places: Ints
 
 
 class ModelRunner:
     """Carries out batches.
 
     Args:
-        served: the model, weights loaded.
-        cache: its keys and values.
-        backend: computes its attention.
+        model: with its cache allocated.
         limits: sizes of the tables.
-        device: where it all lives.
+        device: where logits are.
         seed: of sampling for requests that bring none.
     """
 
-    def __init__(
-        self,
-        served: ServedModel,
-        cache: KVCache,
-        backend: AttentionBackend,
-        limits: RunnerLimits,
-        *,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.served = served
-        self.cache = cache
-        self.backend = backend
-        self.device = device
-        max_blocks = -(-limits.max_model_len // backend.block_size)
+    def __init__(self, model: StepModel, limits: RunnerLimits, *, device: torch.device, seed: int) -> None:
+        self._model = model
+        self._limits = limits
+        self._device = device
+        max_blocks = -(-limits.max_model_len // limits.block_size)
         self._token_rows = np.zeros((limits.max_num_seqs, limits.max_model_len), dtype=np.int32)
         self._num_known = np.zeros(limits.max_num_seqs, dtype=np.int64)
         self._num_prompt_logprobs = np.full(limits.max_num_seqs, -1, dtype=np.int64)
         self._num_prompt_tokens = np.zeros(limits.max_num_seqs, dtype=np.int64)
-        self._block_tables = [np.zeros((limits.max_num_seqs, max_blocks), dtype=np.int32) for _ in served.groups]
+        self._block_tables = [np.zeros((limits.max_num_seqs, max_blocks), dtype=np.int32) for _ in model.groups]
         self._sampling = SamplingState(limits.max_num_seqs, limits.vocab_size, device)
         self._sampler = Sampler(seed=seed)
 
@@ -75,25 +72,27 @@ class ModelRunner:
         num_tokens = np.array(batch.num_tokens, dtype=np.int64)
         ends = np.cumsum(num_tokens)
         samples = np.flatnonzero(num_computed + num_tokens == self._num_known[rows])
-        scored = self._prompt_places(rows, num_computed, num_tokens)
-        logits_rows = np.concatenate([ends[samples] - 1, *(self._packed_places(ends, num_tokens, s) for s in scored)])
-        inputs = build_inputs(
-            token_rows=self._token_rows,
-            block_tables=self._block_tables,
-            rows=rows,
-            num_computed=num_computed,
-            num_tokens=num_tokens,
-            logits_rows=logits_rows,
-            groups=self.served.groups,
-            block_size=self.backend.block_size,
-            backend=self.backend,
-            device=self.device,
+        scored = self._scored_prompts(rows, num_computed, num_tokens, ends)
+        wanted, place_of = np.unique(
+            np.concatenate([ends[samples] - 1, *(s.packed_places for s in scored)]), return_inverse=True
         )
-        logits = self.served.forward(inputs, self.cache, self.backend)
+        logits = self._model.compute(
+            StepTables(
+                token_rows=self._token_rows,
+                block_tables=self._block_tables,
+                rows=rows,
+                num_computed=num_computed,
+                num_tokens=num_tokens,
+                logits_rows=wanted,
+            )
+        )
+        if scored:  # else they are in the order of the samples already
+            logits = logits[torch.from_numpy(place_of).to(self._device)]
         return self._result(batch, rows, samples, scored, logits)
 
     def _take_in(self, batch: Batch) -> None:
         """Write down what is new in the batch."""
+        self._model.release(batch.freed_rows)
         for new in batch.new_rows:
             tokens = np.array(new.token_ids, dtype=np.int32)
             self._token_rows[new.row, : len(tokens)] = tokens
@@ -112,25 +111,19 @@ class ModelRunner:
             table = self._block_tables[update.group]
             table[update.row, update.start : update.start + len(update.blocks)] = update.blocks
 
-    def _prompt_places(
-        self, rows: np.ndarray, num_computed: np.ndarray, num_tokens: np.ndarray
-    ) -> list[tuple[int, int, int]]:
-        """For rows that want prompt log-probabilities: (place in the batch, first position, positions) to score."""
-        return [
-            (place, start, count)
-            for place in np.flatnonzero(self._num_prompt_logprobs[rows] >= 0).tolist()
-            if (start := int(num_computed[place])) >= 0
-            and (count := min(int(num_tokens[place]), int(self._num_prompt_tokens[rows[place]]) - 1 - start)) > 0
-        ]
-
-    @staticmethod
-    def _packed_places(ends: np.ndarray, num_tokens: np.ndarray, scored: tuple[int, int, int]) -> np.ndarray:
-        place, _, count = scored
-        first = int(ends[place] - num_tokens[place])
-        return np.arange(first, first + count)
+    def _scored_prompts(self, rows: Ints, num_computed: Ints, num_tokens: Ints, ends: Ints) -> list[_ScoredPrompt]:
+        """What to score for the rows that want prompt log-probabilities."""
+        scored = []
+        for place in np.flatnonzero(self._num_prompt_logprobs[rows] >= 0).tolist():
+            first = int(num_computed[place])
+            count = min(int(num_tokens[place]), int(self._num_prompt_tokens[rows[place]]) - 1 - first)
+            if count > 0:
+                start = int(ends[place] - num_tokens[place])
+                scored.append(_ScoredPrompt(place, first, np.arange(start, start + count)))
+        return scored
 
     def _result(
-        self, batch: Batch, rows: np.ndarray, samples: np.ndarray, scored: list[tuple[int, int, int]], logits: Tensor
+        self, batch: Batch, rows: Ints, samples: Ints, scored: list[_ScoredPrompt], logits: Tensor
     ) -> StepResult:
         tokens: list[int | None] = [None] * len(batch.rows)
         logprobs: dict[int, TokenLogprobs] = {}
@@ -139,7 +132,7 @@ class ModelRunner:
             sampled_rows, sampled_logits = rows[samples], logits[: len(samples)]
             sampled = self._sampler(sampled_logits, self._sampling, sampled_rows)
             # Not-a-number wins every argmax, so it is enough to look at the chosen logits.
-            chosen = torch.from_numpy(sampled.token_ids).to(self.device)[:, None]
+            chosen = torch.from_numpy(sampled.token_ids).to(self._device)[:, None]
             for i in sampled_logits.gather(1, chosen).isnan().flatten().nonzero().flatten().tolist():
                 errors[int(samples[i])] = "the model's logits are not numbers (NaN)"
                 self._scrub(int(sampled_rows[i]))
@@ -150,21 +143,22 @@ class ModelRunner:
             self._remember(sampled_rows, sampled.token_ids)
         prompt: dict[int, list[TokenLogprobs]] = {}
         start = len(samples)
-        for place, first, count in scored:
-            row = rows[place]
-            targets = torch.from_numpy(self._token_rows[row, first + 1 : first + 1 + count].astype(np.int64))
-            prompt[place] = prompt_logprobs(
-                logits[start : start + count], targets.to(self.device), int(self._num_prompt_logprobs[row])
+        for part in scored:
+            row, count = rows[part.place], len(part.packed_places)
+            known = self._token_rows[row, part.first + 1 : part.first + 1 + count].astype(np.int64)
+            prompt[part.place] = prompt_logprobs(
+                logits[start : start + count],
+                torch.from_numpy(known).to(self._device),
+                int(self._num_prompt_logprobs[row]),
             )
             start += count
         return StepResult(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt, errors=errors)
 
     def _scrub(self, row: int) -> None:
-        num_blocks = -(-int(self._num_known[row]) // self.backend.block_size)
-        for table in self._block_tables:
-            self.cache.scrub(torch.from_numpy(table[row, :num_blocks].astype(np.int64)).to(self.device))
+        num_blocks = -(-int(self._num_known[row]) // self._limits.block_size)
+        self._model.scrub([table[row, :num_blocks].astype(np.int64) for table in self._block_tables])
 
-    def _remember(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+    def _remember(self, rows: Ints, token_ids: Ints) -> None:
         room = self._num_known[rows] < self._token_rows.shape[1]  # a last token at max_model_len ends its sequence
         self._token_rows[rows[room], self._num_known[rows[room]]] = token_ids[room]
         self._num_known[rows] += 1

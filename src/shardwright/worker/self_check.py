@@ -1,8 +1,9 @@
-"""Before serving: does the adapted model give the logits of the model as its author wrote it?
+"""Before serving: does the served model give the logits of the model as its author wrote it?
 
-Two short random sequences run through Hugging Face's own eager attention, one by one, and through ours, packed together
-in two steps (a prompt chunk each, then another chunk and a decode). What the module assumes silently, such as positions
-counted by itself, a mask of its own, or layers that mix tokens of a batch, shows here instead of in a user's text.
+Two short random sequences run through the module's own plain forward pass, one by one, and through ours, together in
+two steps (a part of the prompts, then the rest; or whole prompts, then a decode). What the module assumes silently,
+such as positions counted by itself, a mask of its own, layers that mix tokens of a batch, or a cache that is not what
+the plain pass computes, shows here instead of in a user's text.
 """
 
 from __future__ import annotations
@@ -12,20 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from shardwright.adapt.dispatch import SERVE
-from shardwright.adapt.probe import set_attention
-from shardwright.adapt.served_model import ServedModel
-from shardwright.attention.kv_cache import KVCache
-from shardwright.attention.layout import AttentionBackend
 from shardwright.errors import UnsupportedModelError
-from shardwright.worker.inputs import build_inputs
+from shardwright.worker.step import Ints, StepModel, StepTables
 
 logger = logging.getLogger(__name__)
 
 LENGTHS = (9, 6)
-FIRST_CHUNKS = (5, 5)
+FIRST_STEP = (5, 5)
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Root mean square of the differences between logits, against the logits' standard deviation. Half-precision types
@@ -34,105 +31,93 @@ so."""
 
 
 @torch.inference_mode()
-def check_against_eager(
-    served: ServedModel, backend: AttentionBackend, *, vocab_size: int, dtype: torch.dtype
-) -> float:
-    """Compare both ways of running the model.
+def plain_logits(module: nn.Module, *, vocab_size: int) -> Tensor:
+    """Logits of the check's sequences, one after another, by the module's own forward pass: [sum(LENGTHS), vocab].
+
+    Raises: UnsupportedModelError if it fails.
+    """
+    options: dict[str, Any] = {"use_cache": False} if isinstance(module, PreTrainedModel) else {}
+    device = next(module.parameters()).device
+    try:
+        outputs = [
+            module(input_ids=torch.from_numpy(tokens)[None].to(device), **options) for tokens in _sequences(vocab_size)
+        ]
+        return torch.cat([output.logits[0].float() for output in outputs])
+    except Exception as exc:
+        raise UnsupportedModelError(f"its forward pass fails: {type(exc).__name__}: {exc}") from exc
+
+
+@torch.inference_mode()
+def check_logits(model: StepModel, expected: Tensor, *, vocab_size: int, block_size: int, dtype: torch.dtype) -> float:
+    """Compare a model, without a cache yet, with the module's own logits.
+
+    Args:
+        model: to check; it gets a small cache, to be replaced afterwards.
+        expected: from `plain_logits`.
+        vocab_size, block_size: of the engine.
+        dtype: of the model's weights.
 
     Returns: root mean square of the differences between logits, relative to the logits' standard deviation.
-    Raises: UnsupportedModelError if it is over the tolerance of the dtype.
+    Raises: UnsupportedModelError if it is over the tolerance of the dtype, or a step fails.
     """
-    generator = np.random.default_rng(0)
-    sequences = [generator.integers(0, vocab_size, length) for length in LENGTHS]
-    device = next(served.module.parameters()).device
-    expected = _eager_logits(served, sequences, device)
-    steps = [np.array(FIRST_CHUNKS), np.array(LENGTHS)]
+    sequences = _sequences(vocab_size)
+    ends = list(LENGTHS)
+    steps = [list(FIRST_STEP), ends] if model.takes_chunks else [[end - 1 for end in ends], ends]
     try:
-        actual = _packed_logits(served, backend, sequences, steps, dtype, device)
+        actual = _stepwise_logits(model, sequences, steps, block_size)
+    except UnsupportedModelError:
+        raise
     except Exception as exc:
-        raise UnsupportedModelError(
-            f"its code fails when requests are packed together: {type(exc).__name__}: {exc}"
-        ) from exc
+        raise UnsupportedModelError(f"its code fails in a step of two requests: {type(exc).__name__}: {exc}") from exc
     difference = float((expected - actual).square().mean().sqrt() / expected.std().clamp_min(1e-6))
-    logger.debug("packed and eager logits differ by %.2g of their spread", difference)
+    logger.debug("%s: logits differ by %.2g of their spread from the module's own", model.rung, difference)
     if not difference <= TOLERANCE[dtype]:
         raise UnsupportedModelError(
-            f"its logits change when requests are packed together (by {difference:.2g} of their spread, in {dtype}): "
-            "its code depends on something besides input_ids, position_ids and the attention interface"
+            f"logits differ from those of its own forward pass by {difference:.2g} of their spread, in {dtype}"
         )
     return difference
 
 
-def _eager_logits(served: ServedModel, sequences: list[np.ndarray], device: torch.device) -> Tensor:
-    set_attention(served.module, "eager")
-    try:
-        outputs: list[Any] = [
-            served.module(input_ids=torch.from_numpy(tokens)[None].to(device), use_cache=False) for tokens in sequences
-        ]
-    finally:
-        set_attention(served.module, SERVE)
-    return torch.cat([output.logits[0].float() for output in outputs])
-
-
 @torch.inference_mode()
-def run_largest_step(
-    served: ServedModel, backend: AttentionBackend, *, num_tokens: int, max_model_len: int, dtype: torch.dtype
-) -> None:
-    """Run a step of `num_tokens` tokens of fresh prompts, so that the device's peak memory can be read off
-    afterwards.
-    """
+def run_largest_step(model: StepModel, *, num_tokens: int, max_model_len: int, block_size: int) -> None:
+    """Run `num_tokens` tokens of fresh prompts, so that the device's peak memory can be read off afterwards."""
     lengths = [max_model_len] * (num_tokens // max_model_len) + [num_tokens % max_model_len]
-    sequences = [np.zeros(length, dtype=np.int64) for length in lengths if length]
-    device = next(served.module.parameters()).device
-    _packed_logits(served, backend, sequences, [np.array([len(s) for s in sequences])], dtype, device, last_only=True)
+    sequences: list[Ints] = [np.zeros(length, dtype=np.int64) for length in lengths if length]
+    _stepwise_logits(model, sequences, [[len(s) for s in sequences]], block_size, last_only=True)
 
 
-def _packed_logits(
-    served: ServedModel,
-    backend: AttentionBackend,
-    sequences: list[np.ndarray],
-    steps: list[np.ndarray],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    last_only: bool = False,
+def _sequences(vocab_size: int) -> list[Ints]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, vocab_size, length) for length in LENGTHS]
+
+
+def _stepwise_logits(
+    model: StepModel, sequences: list[Ints], steps: list[list[int]], block_size: int, *, last_only: bool = False
 ) -> Tensor:
     """Logits of all sequences, one after another, computed together in steps up to the lengths that `steps` gives."""
-    block_size, num_rows = backend.block_size, len(sequences)
-    longest = max(map(len, sequences))
+    num_rows, longest = len(sequences), max(map(len, sequences))
     blocks_per_row = -(-longest // block_size)
     table = np.arange(num_rows * blocks_per_row, 0, -1, dtype=np.int32).reshape(num_rows, blocks_per_row)
-    # Groups share lanes, so each has blocks of its own.
-    tables = [table + group * table.size for group in range(len(served.groups))]
-    cache = KVCache(
-        served.layers,
-        served.groups,
-        num_blocks=table.size * len(served.groups),
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-    )
+    model.allocate(num_blocks=table.size * len(model.groups), block_size=block_size)
     token_rows = np.zeros((num_rows, longest), dtype=np.int32)
     for row, tokens in enumerate(sequences):
         token_rows[row, : len(tokens)] = tokens
     pieces: list[list[Tensor]] = [[] for _ in sequences]
     starts = np.zeros(num_rows, dtype=np.int64)
-    for ends in steps:
+    for lengths in steps:
+        ends = np.array(lengths, dtype=np.int64)
         counts = ends - starts
-        inputs = build_inputs(
+        step = StepTables(
             token_rows=token_rows,
-            block_tables=tables,
+            block_tables=[table + group * table.size for group in range(len(model.groups))],  # groups share lanes
             rows=np.arange(num_rows),
             num_computed=starts,
             num_tokens=counts,
             logits_rows=np.cumsum(counts) - 1 if last_only else np.arange(counts.sum()),
-            groups=served.groups,
-            block_size=block_size,
-            backend=backend,
-            device=device,
         )
-        logits = served.forward(inputs, cache, backend).float()
+        logits = model.compute(step).float()
         for row, piece in enumerate(logits.split([1] * num_rows if last_only else counts.tolist())):
             pieces[row].append(piece)
         starts = ends
+    model.release(list(range(num_rows)))
     return torch.cat([torch.cat(row) for row in pieces])

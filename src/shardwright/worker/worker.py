@@ -9,10 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from shardwright.adapt.served_model import ServedModel, on_device
-from shardwright.attention.batched import BatchedBackend
-from shardwright.attention.kv_cache import KVCache
-from shardwright.cache.spec import CacheGroup, bytes_per_block
+from shardwright.cache.spec import CacheGroup
 from shardwright.config import EngineConfig, SchedulerConfig
 from shardwright.engine.messages import EngineInfo
 from shardwright.errors import ConfigError, UnsupportedModelError
@@ -21,9 +18,10 @@ from shardwright.loading.load import load_dummy_weights, load_weights, weight_by
 from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
 from shardwright.models.resolve import resolve_model
 from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget, plan_cache
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
-from shardwright.worker.self_check import check_against_eager, run_largest_step
+from shardwright.worker.self_check import run_largest_step
 
 logger = logging.getLogger(__name__)
 
@@ -53,50 +51,54 @@ class Worker:
         max_num_batched_tokens = resolve_batched_tokens(config.scheduler, max_model_len)
         module = _load(path, model_config, dtype, config)
         loaded = time.perf_counter()
-        is_slow_at_half = self.device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products()
-        try:
-            served = ServedModel(on_device(module, self.device), num_positions=max_model_len)
-        except UnsupportedModelError as exc:
-            raise _unsupported(config.model.model, model_config, exc) from exc
+        torch.nn.Module.to(module, self.device)
+        compute_dtype = dtype
+        if self.device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products():
+            upcast_linears(module)
+            compute_dtype = torch.float32
         block_size = config.cache.block_size
-        backend = BatchedBackend(
-            block_size=block_size, device=self.device, compute_dtype=torch.float32 if is_slow_at_half else dtype
-        )
         vocab_size = int(model_config.get_text_config().vocab_size)
         try:
-            check_against_eager(served, backend, vocab_size=vocab_size, dtype=dtype)
+            model = climb(
+                module,
+                num_positions=max_model_len,
+                vocab_size=vocab_size,
+                block_size=block_size,
+                dtype=dtype,
+                compute_dtype=compute_dtype,
+                device=self.device,
+            )
         except UnsupportedModelError as exc:
-            raise _unsupported(config.model.model, model_config, exc) from exc
-        if is_slow_at_half:
-            upcast_linears(module)
-        self.groups: list[CacheGroup] = served.groups
-        block_bytes = bytes_per_block(
-            served.layers, served.groups, block_size=block_size, element_bytes=torch.finfo(dtype).bits // 8
-        )
+            raise UnsupportedModelError(
+                f"{config.model.model} ({model_config.model_type}) cannot be served: {exc}"
+            ) from exc
+        self.groups: list[CacheGroup] = model.groups
+        if not model.takes_chunks:
+            max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
         if self.device.type == "cuda":
             run_largest_step(
-                served, backend, num_tokens=max_num_batched_tokens, max_model_len=max_model_len, dtype=dtype
+                model, num_tokens=max_num_batched_tokens, max_model_len=max_model_len, block_size=block_size
             )
+        bytes_per_block = model.bytes_per_block(block_size)
         plan = plan_cache(
             kv_cache_budget(config.cache, self.device),
-            served.groups,
-            bytes_per_block=block_bytes,
+            model.groups,
+            bytes_per_block=bytes_per_block,
             block_size=block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             may_shorten=config.model.max_model_len is None,
         )
-        max_model_len, num_blocks = plan.max_model_len, plan.num_blocks
-        cache = KVCache(
-            served.layers, served.groups, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self.device
-        )
-        self.runner = ModelRunner(
-            served,
-            cache,
-            backend,
+        max_model_len = plan.max_model_len
+        model.allocate(num_blocks=plan.num_blocks, block_size=block_size)
+        self._runner = ModelRunner(
+            model,
             RunnerLimits(
-                max_num_seqs=config.scheduler.max_num_seqs, max_model_len=max_model_len, vocab_size=vocab_size
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_model_len=max_model_len,
+                vocab_size=vocab_size,
+                block_size=block_size,
             ),
             device=self.device,
             seed=config.model.seed,
@@ -113,12 +115,13 @@ class Worker:
             vocab_size=vocab_size,
             max_model_len=max_model_len,
             block_size=block_size,
-            num_blocks=num_blocks,
-            kv_cache_bytes=(num_blocks + 1) * block_bytes,
+            num_blocks=plan.num_blocks,
+            kv_cache_bytes=(plan.num_blocks + 1) * bytes_per_block,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            attention_rung=served.rung,
-            attention_reason=served.rung_reason,
+            attention_rung=model.rung,
+            attention_reason=model.rung_reason,
+            takes_chunks=model.takes_chunks,
         )
         logger.info(
             "%s: %s, %.1f M parameters in %s on %s, %.2f GiB of weights, KV cache of %.2f GiB for %s tokens; "
@@ -130,14 +133,14 @@ class Worker:
             self.info.device,
             self.info.weight_bytes / 2**30,
             self.info.kv_cache_bytes / 2**30,
-            f"{num_blocks * block_size:,}",
+            f"{plan.num_blocks * block_size:,}",
             loaded - started,
             time.perf_counter() - started,
         )
 
     def execute(self, batch: Batch) -> StepResult:
         """Run one step."""
-        return self.runner.execute(batch)
+        return self._runner.execute(batch)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -179,7 +182,3 @@ def _load(path: Path, model_config: PretrainedConfig, dtype: torch.dtype, config
     else:
         load_weights(module, path, dtype, is_part=type(module.config) is not type(model_config))
     return module.requires_grad_(False)
-
-
-def _unsupported(name: str, config: PretrainedConfig, exc: UnsupportedModelError) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{name} ({config.model_type}) cannot be served correctly yet: {exc}")

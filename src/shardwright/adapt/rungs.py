@@ -1,0 +1,16 @@
+"""Ways to serve a model's attention, best first. Every model gets the highest that is proved right for it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class AttentionRung(StrEnum):
+    """How a model's attention is served; `inspect` shows it, and why it is no better one."""
+
+    INTERFACE = "interface"
+    """Its code calls Transformers' attention interface: paged attention, all requests packed."""
+    PER_REQUEST = "per-request"
+    """Its own cache, one for each request: correct, one request per forward."""
+    RECOMPUTE = "recompute"
+    """No cache: the whole sequence again for every token. Correct, slow."""

@@ -1,0 +1,81 @@
+"""Climb down the ladder: the best way to serve a module that gives its own logits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from shardwright.adapt.probe import set_attention
+from shardwright.adapt.rungs import AttentionRung
+from shardwright.adapt.served_model import ServedModel
+from shardwright.attention.batched import BatchedBackend
+from shardwright.errors import UnsupportedModelError
+from shardwright.worker.packed import PackedModel
+from shardwright.worker.per_request import PerRequestModel, RecomputingModel
+from shardwright.worker.self_check import check_logits, plain_logits
+from shardwright.worker.step import StepModel
+
+logger = logging.getLogger(__name__)
+
+
+def climb(
+    module: nn.Module,
+    *,
+    num_positions: int,
+    vocab_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> StepModel:
+    """The model on the highest rung that is right for it, its cache not allocated yet.
+
+    Args:
+        module: weights loaded, on the device.
+        num_positions: longest sequence that will be served.
+        vocab_size: number of token ids to draw the check's tokens from.
+        block_size: tokens per block.
+        dtype: of weights, keys and values.
+        compute_dtype: of attention's products.
+        device: of the module.
+
+    Raises: UnsupportedModelError if the module's own forward pass fails.
+    """
+
+    def packed(reason: str) -> StepModel:
+        served = ServedModel(module, num_positions=num_positions)
+        backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
+        return PackedModel(served, backend, dtype=dtype, device=device)
+
+    def per_request(reason: str) -> StepModel:
+        return PerRequestModel(module, reason, device=device)
+
+    def recomputing(reason: str) -> StepModel:
+        return RecomputingModel(module, reason, device=device)
+
+    set_attention(module, "eager")
+    expected = plain_logits(module, vocab_size=vocab_size)
+    reasons: list[str] = []
+    rungs: list[tuple[AttentionRung, Callable[[str], StepModel]]] = [
+        (AttentionRung.INTERFACE, packed),
+        (AttentionRung.PER_REQUEST, per_request),
+        (AttentionRung.RECOMPUTE, recomputing),
+    ]
+    for rung, build in rungs:
+        set_attention(module, "eager")
+        try:
+            model = build("; ".join(reasons))
+            check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+        except UnsupportedModelError as exc:
+            reasons.append(f"not {rung}: {exc}")
+            continue
+        except Exception as exc:  # the model's code may fail in any way on a path that its author never took
+            reasons.append(f"not {rung}: {type(exc).__name__}: {exc}")
+            continue
+        if model.rung is not AttentionRung.INTERFACE:
+            logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
+        return model
+    raise UnsupportedModelError("; ".join(reasons))

@@ -1,0 +1,63 @@
+"""Steps on the paged cache: all sequences packed into one forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardwright.adapt.served_model import ServedModel
+from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.layout import AttentionBackend
+from shardwright.cache.spec import bytes_per_block
+from shardwright.worker.inputs import build_inputs
+from shardwright.worker.step import Ints, StepTables
+
+
+class PackedModel:
+    """Implements StepModel for models whose attention is ours.
+
+    Args:
+        served: the model, weights loaded.
+        backend: computes its attention.
+        dtype: of keys and values.
+        device: of model and cache.
+    """
+
+    takes_chunks = True
+
+    def __init__(
+        self, served: ServedModel, backend: AttentionBackend, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.served = served
+        self.rung, self.rung_reason = served.rung, served.rung_reason
+        self.layers, self.groups = served.layers, served.groups
+        self._backend = backend
+        self._dtype = dtype
+        self._device = device
+        self._cache: KVCache | None = None
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
+
+    def allocate(self, *, num_blocks: int, block_size: int) -> None:
+        self._cache = KVCache(
+            self.layers,
+            self.groups,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def compute(self, step: StepTables) -> Tensor:
+        assert self._cache is not None, "allocate comes first"
+        inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
+        return self.served.forward(inputs, self._cache, self._backend)
+
+    def release(self, rows: list[int]) -> None:
+        """Nothing to do: blocks are the scheduler's."""
+
+    def scrub(self, blocks: list[Ints]) -> None:
+        assert self._cache is not None, "allocate comes first"
+        for group in blocks:
+            self._cache.scrub(torch.from_numpy(group).to(self._device))

@@ -1,0 +1,67 @@
+"""What a step computes, as arrays, and what a model must offer to compute it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from shardwright.adapt.rungs import AttentionRung
+from shardwright.cache.spec import CacheGroup, LayerSpec
+
+Ints = npt.NDArray[np.int64]
+Tables = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTables:
+    """One step: sequence i of S computes `num_tokens[i]` tokens of row `rows[i]`, from `num_computed[i]` on."""
+
+    token_rows: Tables
+    """[max rows, max_model_len]: all tokens known of each row."""
+    block_tables: list[Tables]
+    """Per cache group, [max rows, max blocks]."""
+    rows: Ints
+    """[S]."""
+    num_computed: Ints
+    """[S]."""
+    num_tokens: Ints
+    """[S]."""
+    logits_rows: Ints
+    """[R]: places in the packed tokens, one sequence after another, whose next-token logits are wanted;
+    ascending."""
+
+
+class StepModel(Protocol):
+    """A model with its cache, ready for steps."""
+
+    rung: AttentionRung
+    rung_reason: str
+    layers: list[LayerSpec]
+    """Its attention calls, where they are ours."""
+    groups: list[CacheGroup]
+    takes_chunks: bool
+    """Whether a prompt may come in pieces, and begin after a cached prefix."""
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Memory of `block_size` tokens of one sequence, over all lanes."""
+        ...
+
+    def allocate(self, *, num_blocks: int, block_size: int) -> None:
+        """Make room for the cache. Once, before the first step."""
+        ...
+
+    def compute(self, step: StepTables) -> Tensor:
+        """Run the step. Returns [R, vocab_size] logits, model dtype."""
+        ...
+
+    def release(self, rows: list[int]) -> None:
+        """Forget what is kept for rows whose sequences left."""
+        ...
+
+    def scrub(self, blocks: list[Ints]) -> None:
+        """Make blocks (per group) harmless whose content is not finite."""
+        ...
