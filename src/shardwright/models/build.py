@@ -40,6 +40,8 @@ def load_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         raw = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as exc:
         raise ModelSourceError(f"cannot read {path / 'config.json'}: {exc}") from exc
+    if not isinstance(raw, dict):
+        raise ModelSourceError(f"{path / 'config.json'} holds no JSON object: it is no model config")
     model_type, auto_map = raw.get("model_type"), raw.get("auto_map") or {}
     if auto_map and not trust_remote_code and model_type not in CONFIG_MAPPING:
         files = ", ".join(sorted({f"{reference.split('.')[0]}.py" for reference in auto_map.values()}))
