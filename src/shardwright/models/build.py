@@ -101,7 +101,8 @@ def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_c
         raise UnsupportedModelError(
             f"the code of {config.model_type!r} failed while it built the model: {type(exc).__name__}: {exc}"
         ) from exc
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _construct(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
