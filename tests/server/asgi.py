@@ -50,6 +50,12 @@ class Connection:
         await asyncio.wait_for(self._task, 5)
         return b"".join(self._pieces.get_nowait() for _ in range(self._pieces.qsize()))
 
+    def cut_short(self) -> None:
+        """Go away with half of the body sent; to be called before the app has run."""
+        self._incoming.get_nowait()
+        self._incoming.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
     async def disconnect(self) -> None:
         """Go away."""
         self._incoming.put_nowait({"type": "http.disconnect"})

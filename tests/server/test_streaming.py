@@ -69,6 +69,14 @@ async def test_client_that_goes_away_aborts_all_its_prompts(engine: AlphabetEngi
     assert len(engine.aborted) == 3
 
 
+async def test_client_that_goes_away_amid_its_body_is_no_failure(engine: AlphabetEngine) -> None:
+    connection = connect(engine, COMPLETIONS)
+    connection.cut_short()
+    await connection.end()
+    assert connection.status == 499
+    assert not engine.requests
+
+
 async def test_finished_request_is_not_aborted(engine: AlphabetEngine) -> None:
     connection = connect(engine, COMPLETIONS, **PROMPT, stream=True)
     await connection.end()

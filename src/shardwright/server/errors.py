@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from shardwright.errors import EngineBusyError, EngineDeadError, PromptTooLongError, ShardwrightError, UsageError
@@ -44,10 +44,6 @@ class APIError(ShardwrightError):
         self.param = param
         self.code = code
         self.headers = headers
-
-
-class ClientDisconnected(Exception):
-    """The client went away; nobody reads an answer."""
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,5 +126,5 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(ShardwrightError, of_shardwright)
     app.add_exception_handler(HTTPException, of_routing)
-    app.add_exception_handler(ClientDisconnected, of_disconnect)
+    app.add_exception_handler(ClientDisconnect, of_disconnect)
     app.add_exception_handler(Exception, of_the_unforeseen)

@@ -14,10 +14,10 @@ from collections.abc import Coroutine, Iterator
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from shardwright.errors import EngineBusyError, RequestError
-from shardwright.server.errors import ClientDisconnected
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class Lifecycle:
             receive: of the request, whose body has been read.
             work: what to do.
 
-        Raises: ClientDisconnected or EngineBusyError when interrupted, and whatever `work` raises.
+        Raises: ClientDisconnect or EngineBusyError when interrupted, and whatever `work` raises.
         """
         task = asyncio.ensure_future(work)
         interruption: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -118,4 +118,4 @@ async def watch_client(receive: Receive, interruption: asyncio.Future[None]) -> 
     while (await receive())["type"] != "http.disconnect":
         pass
     if not interruption.done():
-        interruption.set_exception(ClientDisconnected())
+        interruption.set_exception(ClientDisconnect())

@@ -7,12 +7,13 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from shardwright.errors import ShardwrightError
 from shardwright.outputs import RequestOutput
-from shardwright.server.errors import ClientDisconnected, error_json, to_api_error
+from shardwright.server.errors import error_json, to_api_error
 from shardwright.server.generation import Outputs
 from shardwright.server.lifecycle import Lifecycle
 
@@ -63,7 +64,7 @@ class EventStream(Response):
         except Exception as exc:
             if not self._started:
                 raise
-            if isinstance(exc, ClientDisconnected):
+            if isinstance(exc, ClientDisconnect):
                 return
             await self._send(send, b"data: " + error_json(exc) + b"\n\n")
             await self._send(send, b"", more=False)
