@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +44,8 @@ class KVCache:
         groups: which layers share block tables.
         num_blocks: blocks of the pool, the null block not counted.
         block_size: tokens per block.
-        dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU the system does that, and
-        claims memory,
-            when a page is first written to.
+        dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU memory is claimed only when
+            it is written to.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class KVCache:
         num_slots = (num_blocks + 1) * block_size
         lanes = [
             (
-                torch.zeros(num_slots, keys, dtype=dtype, device=device),
-                torch.zeros(num_slots, values, dtype=dtype, device=device),
+                _zeros(num_slots, keys, dtype=dtype, device=device),
+                _zeros(num_slots, values, dtype=dtype, device=device),
             )
             for keys, values in lane_elements(layers, groups)
         ]
@@ -92,6 +92,14 @@ class KVCache:
         for rows in (rows for lane in self._lanes for rows in lane):
             blocked = rows.view(-1, self._block_size, rows.shape[-1])
             blocked[blocks] = blocked[blocks].nan_to_num()
+
+
+def _zeros(num_slots: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(num_slots, width, dtype=dtype, device=device)
+    # Unlike torch.zeros, numpy leaves the zeroing to the system, which does it when a page is first written.
+    memory = torch.from_numpy(np.zeros(num_slots * width * dtype.itemsize, dtype=np.uint8))
+    return memory.view(dtype).view(num_slots, width)
 
 
 def _heads(lane: Tensor, num_heads: int, dim: int) -> Tensor:

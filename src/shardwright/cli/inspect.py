@@ -91,12 +91,10 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
 
 def describe_attention(served: StepModel | ServedModel, *, element_bytes: int, max_model_len: int) -> dict[str, Any]:
     """How the attention of a model is captured, and what its cache takes."""
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in served.groups:
         if not group.layers:  # a cache of the model's own kind, or none
-            groups.append(
-                {"kind": "none", "window": None, "layers": [], "bytes_per_token": None, "bytes_per_request": None}
-            )
+            groups.append({"kind": "none", "window": None, "layers": [], "bytes_per_token": 0, "bytes_per_request": 0})
             continue
         bytes_per_token = sum(served.layers[i].elements_per_token for i in group.layers) * element_bytes
         window = group.visibility.size
