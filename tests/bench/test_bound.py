@@ -33,6 +33,7 @@ def make_info(path: Path, *, num_parameters: int, weight_bytes: int) -> EngineIn
         max_num_batched_tokens=1,
         attention_rung="interface",
         attention_reason="",
+        takes_chunks=True,
     )
 
 

@@ -75,7 +75,7 @@ def test_inspect_draws_the_tree(shardwright: Shardwright, tiny_llama: Path) -> N
     assert "attention: interface: " in text
 
 
-def test_inspect_says_why_a_model_cannot_be_served(shardwright: Shardwright, tmp_path: Path) -> None:
+def test_inspect_says_why_a_model_gets_a_lower_rung(shardwright: Shardwright, tmp_path: Path) -> None:
     from transformers import BloomConfig
 
     BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, architectures=["BloomForCausalLM"]).save_pretrained(
@@ -83,8 +83,9 @@ def test_inspect_says_why_a_model_cannot_be_served(shardwright: Shardwright, tmp
     )
     result = shardwright("inspect", str(tmp_path), "--json")
     assert result.code == 0
-    assert result.json["attention"]["rung"] is None
+    assert result.json["attention"]["rung"] == "per-request"
     assert "attention interface" in result.json["attention"]["reason"]
+    assert [group["kind"] for group in result.json["cache_groups"]] == ["none"]
 
 
 @pytest.mark.parametrize("depth", ["-1", "x"])
