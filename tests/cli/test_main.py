@@ -11,6 +11,7 @@ import pytest
 
 from shardwright.cli.errors import exit_code, message
 from shardwright.cli.main import take_debug
+from shardwright.cli.output import only_results_on_stdout, print_json
 from shardwright.errors import ConfigError, EngineDeadError, RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ def test_help_answers_without_loading_what_only_runs_need() -> None:
     code = "import sys, shardwright.cli.main as m; m.run_command(['serve', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "transformers", "openai", "fastapi", "numpy"} & set(loaded.splitlines()[-1].split())
+
+
+def test_what_foreign_code_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with only_results_on_stdout():
+        print("a model says hello")
+        print_json({"ok": True})
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ('{"ok": true}\n', "a model says hello\n")
 
 
 def test_version_and_help_are_results(shardwright: Shardwright) -> None:

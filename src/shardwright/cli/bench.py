@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from shardwright.bench import workloads
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
-from shardwright.cli.output import announce, print_json, print_text, remark, working
+from shardwright.cli.output import announce, only_results_on_stdout, print_json, print_text, remark, stdout, working
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command("decode", cls=Command, epilog=EXAMPLES)
 @with_flags(engine=engine_flags())
+@only_results_on_stdout()
 def decode(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
     """Run decode-1, decode-8, decode-32 and mixed-32."""
     show(measure(model, engine, names=workloads.DECODE, repeat=repeat), json=json)
@@ -51,6 +51,7 @@ def decode(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict
 
 @app.command("prefill", cls=Command, epilog=EXAMPLES)
 @with_flags(engine=engine_flags())
+@only_results_on_stdout()
 def prefill(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
     """Run prefill and shared-prefix."""
     show(measure(model, engine, names=workloads.PREFILL, repeat=repeat), json=json)
@@ -58,6 +59,7 @@ def prefill(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dic
 
 @app.command("start", cls=Command, epilog=EXAMPLES)
 @with_flags(engine=engine_flags())
+@only_results_on_stdout()
 def start(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
     """Start the engine in a fresh process and wait for its first token."""
     show(measure(model, engine, start=True, repeat=repeat), json=json)
@@ -65,6 +67,7 @@ def start(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[
 
 @app.command("all", cls=Command, epilog=EXAMPLES)
 @with_flags(engine=engine_flags())
+@only_results_on_stdout()
 def everything(model: Model, *, repeat: Repeat = 2, json: Json = False, engine: dict[str, Any]) -> None:
     """Run every workload and the start."""
     show(measure(model, engine, names=workloads.ALL, start=True, repeat=repeat), json=json)
@@ -136,7 +139,7 @@ def show(document: dict[str, Any], *, json: bool) -> None:
     if json:
         print_json(document)
         return
-    console = Console(highlight=False)
+    console = stdout()
     machine = document["machine"]
     console.print(
         f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads: reads"

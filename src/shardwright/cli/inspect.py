@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
-from shardwright.cli.output import announce, print_json
+from shardwright.cli.output import announce, only_results_on_stdout, print_json, stdout
 from shardwright.config import EngineConfig
 from shardwright.errors import UnsupportedModelError
 
@@ -35,6 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 @with_flags(engine=engine_flags(only=FLAGS))
+@only_results_on_stdout()
 def inspect(
     model: Model,
     *,
@@ -119,7 +119,7 @@ def describe_attention(served: StepModel | ServedModel, *, element_bytes: int, m
 
 def show(report: dict[str, Any], tree: Node, *, depth: int | None, params: bool) -> None:
     """Print the report for people."""
-    console = Console(highlight=False)
+    console = stdout()
     replaced = {entry["module"]: entry["by"] for entry in report["replaced"]}
     root = Tree(node_label(tree, replaced))
     grow(root, tree, replaced, depth=depth, params=params)

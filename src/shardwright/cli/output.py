@@ -7,23 +7,47 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import Any, TextIO
 
 import psutil
 from rich.console import Console
 from rich.text import Text
 
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+@contextmanager
+def only_results_on_stdout() -> Iterator[None]:
+    """While open, what a model's own code prints goes to stderr, and only what is printed here to stdout."""
+    token = _results.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(token)
+
+
+def results() -> TextIO:
+    """The stream for results."""
+    return _results.get() or sys.stdout
+
 
 def print_json(document: Any) -> None:
     """Print the one JSON document of a command."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, default=str) + "\n")
+    results().write(json.dumps(document, ensure_ascii=False, default=str) + "\n")
 
 
 def print_text(text: str, *, end: str = "\n") -> None:
     """Print a result as it is, at once: model output is never markup."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    results().write(text + end)
+    results().flush()
+
+
+def stdout() -> Console:
+    """A console for results that are more than text."""
+    return Console(file=results(), highlight=False)
 
 
 def stderr() -> Console:

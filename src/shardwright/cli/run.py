@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, sampling_flags, with_flags
-from shardwright.cli.output import announce, print_json, print_text, process_age_s, remark
+from shardwright.cli.output import (
+    announce,
+    only_results_on_stdout,
+    print_json,
+    print_text,
+    process_age_s,
+    remark,
+    stdout,
+)
 from shardwright.cli.prompts import check_text, read_prompts
 from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
 from shardwright.sampling_params import SamplingParams
@@ -41,6 +48,7 @@ def register(app: typer.Typer) -> None:
 
 
 @with_flags(sampling=sampling_flags(max_tokens=MAX_TOKENS), engine=engine_flags())
+@only_results_on_stdout()
 def run(
     model: Model,
     prompts: Annotated[
@@ -194,4 +202,4 @@ def print_logprobs(outputs: Sequence[RequestOutput]) -> None:
                 table.add_row(
                     *map(Text, (repr(chosen.decoded_token), f"{chosen.logprob:.3f}", str(chosen.rank), likeliest))
                 )
-            Console().print(table)
+            stdout().print(table)
