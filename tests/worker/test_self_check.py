@@ -1,0 +1,115 @@
+"""A model is served on the highest rung that gives its own logits, whatever its code assumes in silence."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tests.adapt.models import make_model
+from tests.models.custom_models import make_tale
+from tests.models.modeling_tale import Tale
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from shardwright.adapt.rungs import AttentionRung
+from shardwright.adapt.served_model import ServedModel
+from shardwright.attention.batched import BatchedBackend
+from shardwright.errors import UnsupportedModelError
+from shardwright.worker.ladder import climb
+from shardwright.worker.packed import PackedModel
+from shardwright.worker.self_check import TOLERANCE, check_logits, plain_logits
+from shardwright.worker.step import StepModel
+
+CPU = torch.device("cpu")
+
+
+def climbed(module: nn.Module, dtype: torch.dtype = torch.float32, block_size: int = 4) -> StepModel:
+    return climb(
+        module, num_positions=256, vocab_size=128, block_size=block_size, dtype=dtype, compute_dtype=dtype, device=CPU
+    )
+
+
+class CountsByArange(Tale):
+    """Gets position_ids and counts all the same; that is found out and mended."""
+
+    def places(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return torch.arange(input_ids.shape[1])[None]
+
+
+class CountsByCumsum(Tale):
+    def places(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return torch.ones_like(input_ids).cumsum(1) - 1
+
+
+class LooksAtTheWordBefore(Tale):
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = super().tell(input_ids, position_ids)
+        return x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class SumsUpTheWords(Tale):
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return super().tell(input_ids, position_ids).cumsum(1)
+
+
+class KnowsTheEnd(Tale):
+    """No function of the past: every word changes those before it."""
+
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = super().tell(input_ids, position_ids)
+        return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Tale, CountsByArange])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_honest_code_is_packed(kind: type[Tale], block_size: int) -> None:
+    assert climbed(make_tale(kind), block_size=block_size).rung is AttentionRung.INTERFACE
+
+
+@pytest.mark.parametrize("kind", [CountsByCumsum, LooksAtTheWordBefore, SumsUpTheWords, KnowsTheEnd])
+def test_code_that_cheats_is_not_packed(kind: type[Tale], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = climbed(make_tale(kind))
+    assert model.rung is AttentionRung.RECOMPUTE
+    assert "not interface: logits differ from those of its own forward pass" in model.rung_reason
+    assert "one request at a time" in caplog.text
+
+
+class Speechless(Tale):
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        raise RuntimeError("no words")
+
+
+def test_code_that_does_not_run_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="its forward pass fails: RuntimeError: no words"):
+        climbed(make_tale(Speechless))
+
+
+@pytest.mark.parametrize(("model_type", "config"), [("doge", {}), ("bloom", {"n_head": 4, "n_layer": 2})])
+def test_models_that_cannot_be_packed_keep_their_own_cache(model_type: str, config: dict[str, object]) -> None:
+    module = make_model(model_type, **config)
+    assert isinstance(module, GenerationMixin)
+    model = climbed(module)
+    assert model.rung is AttentionRung.PER_REQUEST
+    assert model.rung_reason.startswith("not interface: ")
+    assert not model.takes_chunks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_honest_difference_is_far_below_the_tolerance(dtype: torch.dtype) -> None:
+    module = make_model("llama", initializer_range=0.2).to(dtype)
+    expected = plain_logits(module, vocab_size=128)
+    served = ServedModel(module, num_positions=256)
+    backend = BatchedBackend(block_size=4, device=CPU, compute_dtype=torch.float32)
+    model = PackedModel(served, backend, dtype=dtype, device=CPU)
+    difference = check_logits(model, expected, vocab_size=128, block_size=4, dtype=dtype)
+    assert difference < TOLERANCE[dtype] / 4
+
+
+def test_logits_that_are_not_numbers_do_not_pass() -> None:
+    module = make_tale()
+    module.next_word.weight.data[3] = float("nan")
+    model = climbed(module)
+    assert model.rung is AttentionRung.RECOMPUTE
+    assert "by nan of their spread" in model.rung_reason
