@@ -81,7 +81,7 @@ def test_sampling_fields_keep_names_and_defaults() -> None:
     ("method", "parameters"),
     [
         (shardwright.LLM.generate, ["prompts", "sampling_params", "use_tqdm"]),
-        (shardwright.LLM.chat, ["messages", "sampling_params", "use_tqdm", "template_options"]),
+        (shardwright.LLM.chat, ["messages", "sampling_params", "use_tqdm", "template_kwargs"]),
         (shardwright.LLM.stream, ["prompts", "sampling_params"]),
         (shardwright.LLM.close, []),
         (shardwright.AsyncLLM.generate, ["prompt", "sampling_params", "request_id", "priority", "stream"]),
