@@ -142,7 +142,13 @@ def probe_attention(model: nn.Module, *, num_positions: int) -> Probe:
 
 
 def set_attention(model: nn.Module, implementation: str) -> None:
-    """Choose the attention function that the model's code will look up. Raises UnsupportedModelError."""
+    """Choose the attention function that the model's code will look up, if it looks one up.
+
+    Raises: UnsupportedModelError if the model refuses.
+    """
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
+        return
     try:
         model.set_attn_implementation(implementation)  # type: ignore[operator]
     except Exception as exc:

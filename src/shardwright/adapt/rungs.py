@@ -10,6 +10,10 @@ class AttentionRung(StrEnum):
 
     INTERFACE = "interface"
     """Its code calls Transformers' attention interface: paged attention, all requests packed."""
+    SDPA = "sdpa"
+    """Its code calls scaled_dot_product_attention: those calls are answered by paged attention, all requests packed."""
+    DATAFLOW = "dataflow"
+    """Its code writes attention out: the products in it are answered by paged attention, all requests packed."""
     PER_REQUEST = "per-request"
     """Its own cache, one for each request: correct, one request per forward."""
     RECOMPUTE = "recompute"

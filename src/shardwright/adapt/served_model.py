@@ -56,7 +56,7 @@ class ServedModel:
         self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
         self.layers: list[LayerSpec] = [call.spec for call in self.calls]
         self.groups: list[CacheGroup] = group_layers(self.layers)
-        self.head = _output_head(module)
+        self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
@@ -66,7 +66,7 @@ class ServedModel:
         """
         handler = PagedAttention(self.calls, cache, backend, inputs)
         positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
-        with dispatch.handling(handler), _rows_before_head(self.head, inputs.logits_rows), positions:
+        with dispatch.handling(handler), rows_before_head(self.head, inputs.logits_rows), positions:
             output = self.module(
                 input_ids=inputs.input_ids[None], position_ids=inputs.position_ids[None], use_cache=False
             )
@@ -111,7 +111,7 @@ class PagedAttention:
 
 
 @contextmanager
-def _rows_before_head(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
+def rows_before_head(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
     """While open, the head computes only the rows asked for: logits of a whole prompt would be most of its memory."""
     if head is None:
         yield
@@ -123,7 +123,8 @@ def _rows_before_head(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _output_head(module: nn.Module) -> nn.Module | None:
+def output_head(module: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, if the model names one."""
     get_head: Callable[[], Any] | None = getattr(module, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     return head if isinstance(head, nn.Module) else None

@@ -44,7 +44,8 @@ class KVCache:
         groups: which layers share block tables.
         num_blocks: blocks of the pool, the null block not counted.
         block_size: tokens per block.
-        dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU memory is claimed only when
+        dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU memory is claimed only
+        when
             it is written to.
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
@@ -50,6 +51,11 @@ def climb(
         backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
         return PackedModel(served, backend, dtype=dtype, device=device)
 
+    def intercepted(reason: str) -> StepModel:
+        served = InterceptedModel(module, num_positions=num_positions)
+        backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
+        return PackedModel(served, backend, dtype=dtype, device=device, max_step_tokens=num_positions)
+
     def per_request(reason: str) -> StepModel:
         return PerRequestModel(module, reason, device=device)
 
@@ -61,6 +67,7 @@ def climb(
     reasons: list[str] = []
     rungs: list[tuple[AttentionRung, Callable[[str], StepModel]]] = [
         (AttentionRung.INTERFACE, packed),
+        (AttentionRung.DATAFLOW, intercepted),
         (AttentionRung.PER_REQUEST, per_request),
         (AttentionRung.RECOMPUTE, recomputing),
     ]
@@ -76,7 +83,7 @@ def climb(
         except Exception as exc:  # the model's code may fail in any way on a path that its author never took
             reasons.append(f"not {rung}: {type(exc).__name__}: {exc}")
             continue
-        if model.rung is not AttentionRung.INTERFACE:
+        if not isinstance(model, PackedModel):
             logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
         return model
     raise UnsupportedModelError("; ".join(reasons))

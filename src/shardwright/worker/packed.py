@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -21,16 +22,24 @@ class PackedModel:
         backend: computes its attention.
         dtype: of keys and values.
         device: of model and cache.
+        max_step_tokens: most tokens that its code takes at once, if it has tables of a fixed length.
     """
 
     takes_chunks = True
 
     def __init__(
-        self, served: ServedModel, backend: AttentionBackend, *, dtype: torch.dtype, device: torch.device
+        self,
+        served: ServedModel | InterceptedModel,
+        backend: AttentionBackend,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_step_tokens: int | None = None,
     ) -> None:
         self.served = served
         self.rung, self.rung_reason = served.rung, served.rung_reason
         self.layers, self.groups = served.layers, served.groups
+        self.max_step_tokens = max_step_tokens
         self._backend = backend
         self._dtype = dtype
         self._device = device

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
+from shardwright.adapt.intercepted_model import logits_of
 from shardwright.adapt.probe import accepts, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.cache.spec import CacheGroup, LayerSpec, Visibility
@@ -38,6 +39,7 @@ class RecomputingModel:
 
     rung = AttentionRung.RECOMPUTE
     takes_chunks = False
+    max_step_tokens: int | None = None
 
     def __init__(self, module: nn.Module, reason: str, *, device: torch.device) -> None:
         self.rung_reason = reason
@@ -71,9 +73,8 @@ class RecomputingModel:
     def _logits(self, input_ids: Tensor) -> Tensor:
         """[1, T] token ids to [T, vocab] logits."""
         options: dict[str, Any] = {"use_cache": False} if isinstance(self._module, PreTrainedModel) else {}
-        output = self._module(input_ids=input_ids, **options)
-        logits: Tensor = output.logits[0]
-        return logits
+        output = self._module(input_ids, **options)
+        return logits_of(output)[0]
 
     def _tokens(self, step: StepTables, i: int, start: int, end: int) -> Tensor:
         tokens = step.token_rows[step.rows[i], start:end].astype(np.int64)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shardwright.adapt.intercepted_model import logits_of
 from shardwright.errors import UnsupportedModelError
 from shardwright.worker.step import Ints, StepModel, StepTables
 
@@ -39,10 +40,8 @@ def plain_logits(module: nn.Module, *, vocab_size: int) -> Tensor:
     options: dict[str, Any] = {"use_cache": False} if isinstance(module, PreTrainedModel) else {}
     device = next(module.parameters()).device
     try:
-        outputs = [
-            module(input_ids=torch.from_numpy(tokens)[None].to(device), **options) for tokens in _sequences(vocab_size)
-        ]
-        return torch.cat([output.logits[0].float() for output in outputs])
+        outputs = [module(torch.from_numpy(tokens)[None].to(device), **options) for tokens in _sequences(vocab_size)]
+        return torch.cat([logits_of(output)[0].float() for output in outputs])
     except Exception as exc:
         raise UnsupportedModelError(f"its forward pass fails: {type(exc).__name__}: {exc}") from exc
 

@@ -43,6 +43,8 @@ class StepModel(Protocol):
     layers: list[LayerSpec]
     """Its attention calls, where they are ours."""
     groups: list[CacheGroup]
+    max_step_tokens: int | None
+    """Most tokens that one step may have; None: as many as there are."""
     takes_chunks: bool
     """Whether a prompt may come in pieces, and begin after a cached prefix."""
 

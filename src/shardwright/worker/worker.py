@@ -73,6 +73,10 @@ class Worker:
                 f"{config.model.model} ({model_config.model_type}) cannot be served: {exc}"
             ) from exc
         self.groups: list[CacheGroup] = model.groups
+        max_num_seqs = config.scheduler.max_num_seqs
+        if model.max_step_tokens is not None:
+            max_num_batched_tokens = min(max_num_batched_tokens, model.max_step_tokens)
+            max_num_seqs = min(max_num_seqs, model.max_step_tokens)
         if not model.takes_chunks:
             max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
         if self.device.type == "cuda":
@@ -85,7 +89,7 @@ class Worker:
             model.groups,
             bytes_per_block=bytes_per_block,
             block_size=block_size,
-            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             may_shorten=config.model.max_model_len is None,
@@ -95,7 +99,7 @@ class Worker:
         self._runner = ModelRunner(
             model,
             RunnerLimits(
-                max_num_seqs=config.scheduler.max_num_seqs,
+                max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 vocab_size=vocab_size,
                 block_size=block_size,
@@ -117,7 +121,7 @@ class Worker:
             block_size=block_size,
             num_blocks=plan.num_blocks,
             kv_cache_bytes=(plan.num_blocks + 1) * bytes_per_block,
-            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             attention_rung=model.rung,
             attention_reason=model.rung_reason,
