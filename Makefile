@@ -24,7 +24,7 @@ starter: $(INSTALLED) ## Fetch the starter model into the user's cache, once
 	@$(BIN)/python -c "from shardwright.models.starter import starter_directory; print(starter_directory())"
 
 demo: $(INSTALLED) ## Ask the starter model a question
-	@$(BIN)/shardwright run $(MODEL) --chat --max-tokens 96 $(ARGS) "Explain in two sentences why the sky is blue."
+	@$(BIN)/shardwright run $(MODEL) --chat --temperature 0 --max-tokens 128 $(ARGS) "Explain in two sentences why the sky is blue."
 	@echo
 	@echo "Next: 'make serve' starts an OpenAI-compatible server; '$(BIN)/shardwright chat' talks to it."
 
