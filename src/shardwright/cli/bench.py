@@ -24,6 +24,8 @@ EXAMPLES = examples(
     "shardwright bench all smollm2-135m --json > bench.json",
 )
 
+MANY_S = 10
+
 Repeat = Annotated[int, typer.Option(min=1, help="Runs of each measurement; the fastest counts.")]
 
 app = typer.Typer(rich_markup_mode=None)
@@ -162,7 +164,9 @@ def workload_table(document: dict[str, Any]) -> Table:
     """One row per workload: its speed, the bound and the share of it, and the latencies in milliseconds."""
     table = Table(
         title=f"{document['model']}, {document['dtype']} on {document['device']}; latencies in ms: p50/p90/p99",
+        caption="* tokens of prompt and output together",
         title_justify="left",
+        caption_justify="left",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -172,16 +176,18 @@ def workload_table(document: dict[str, Any]) -> Table:
     for row in document["workloads"]:
         speed = row[f"{row['headline']}_tokens_per_s"]
         table.add_row(
-            row["name"] + (" (total)" if row["headline"] == "total" else ""),
+            row["name"] + ("*" if row["headline"] == "total" else ""),
             f"{speed:.1f}",
             f"{row['bound_tokens_per_s']:.1f}",
             f"{row['fraction_of_bound']:.0%}",
-            milliseconds(row["ttft_s"]),
-            milliseconds(row["itl_s"]),
+            latencies(row["ttft_s"]),
+            latencies(row["itl_s"]),
         )
     return table
 
 
-def milliseconds(values: dict[str, float] | None) -> str:
-    """Percentiles for the table."""
-    return "/".join(f"{value * 1000:.0f}" for value in values.values()) if values else "-"
+def latencies(seconds: dict[str, float] | None) -> str:
+    """Percentiles for the table: milliseconds, or seconds where those are many."""
+    if seconds is None:
+        return "-"
+    return "/".join(f"{value * 1000:.0f}" if value < MANY_S else f"{value:.0f}s" for value in seconds.values())
