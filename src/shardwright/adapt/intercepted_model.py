@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwright.adapt.fit import FittedAttention, fit_attention
+from shardwright.adapt.logits import logits_of
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.products import as_product
 from shardwright.adapt.rungs import AttentionRung
@@ -89,20 +90,6 @@ class InterceptedModel:
         with mode:
             self.module(tokens, **options)
         return mode.trace
-
-
-def logits_of(output: Any) -> Tensor:
-    """[B, T, vocab] logits of whatever a module returns: a tensor, an output record, a tuple that begins with them."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, dict):
-        logits = output.get("logits")
-    if logits is None and isinstance(output, (tuple, list)) and output:
-        logits = next((item for item in output if isinstance(item, Tensor) and item.ndim == 3), None)
-    if not isinstance(logits, Tensor):
-        raise UnsupportedModelError(f"its forward returns {type(output).__name__}, in which there are no logits")
-    return logits
 
 
 class _ServingMode(TorchFunctionMode):

@@ -111,12 +111,13 @@ class Probe:
 
 
 @torch.inference_mode()
-def probe_attention(model: nn.Module, *, num_positions: int) -> Probe:
+def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bool = True) -> Probe:
     """Run a few tokens through the model, on the device it is on ("meta" too), and record its attention calls.
 
     Args:
         model: a Transformers model in eval mode; its attention implementation is changed.
         num_positions: longest sequence that will be served.
+        needs_attention: whether a model that never attends is refused.
 
     Raises: UnsupportedModelError saying what stands in the way of serving it through the attention interface.
     """
@@ -136,7 +137,7 @@ def probe_attention(model: nn.Module, *, num_positions: int) -> Probe:
         raise
     except Exception as exc:
         raise UnsupportedModelError(f"a short forward pass failed: {type(exc).__name__}: {exc}") from exc
-    if not handler.calls:
+    if needs_attention and not handler.calls:
         raise UnsupportedModelError("its code never calls Transformers' attention interface")
     return Probe(handler.calls, counts_positions=counting.found and "position_ids" in inputs)
 

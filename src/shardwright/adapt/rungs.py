@@ -14,6 +14,8 @@ class AttentionRung(StrEnum):
     """Its code calls scaled_dot_product_attention: those calls are answered by paged attention, all requests packed."""
     DATAFLOW = "dataflow"
     """Its code writes attention out: the products in it are answered by paged attention, all requests packed."""
+    STATE = "state"
+    """Layers that carry a state from token to token: a slot for each request, decodes batched; attention paged."""
     PER_REQUEST = "per-request"
     """Its own cache, one for each request: correct, one request per forward."""
     RECOMPUTE = "recompute"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
+from shardwright.adapt.logits import logits_of
 from shardwright.adapt.positions import feed_positions
 from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, set_attention
 from shardwright.adapt.rungs import AttentionRung
@@ -41,16 +42,17 @@ class ServedModel:
     Args:
         module: in eval mode; on "meta" it can be looked at but not run.
         num_positions: longest sequence that will be served.
+        needs_attention: whether a model that never attends is refused.
 
-    Raises: UnsupportedModelError if no rung fits, with the reason.
+    Raises: UnsupportedModelError if its attention cannot be captured, with the reason.
     """
 
-    def __init__(self, module: nn.Module, *, num_positions: int) -> None:
+    def __init__(self, module: nn.Module, *, num_positions: int, needs_attention: bool = True) -> None:
         dispatch.register()
         self.module = module
         self.rung = AttentionRung.INTERFACE
         _check_signature(module)
-        probe = probe_attention(module, num_positions=num_positions)
+        probe = probe_attention(module, num_positions=num_positions, needs_attention=needs_attention)
         self.calls: list[AttentionCall] = probe.calls
         self._counts_positions = probe.counts_positions
         self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
@@ -59,20 +61,45 @@ class ServedModel:
         self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
 
-    def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
-        """Run one step.
+    def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any) -> Tensor:
+        """Run one step, all tokens packed as [1, T].
+
+        Args:
+            inputs: of the step.
+            cache, backend: of the attention.
+            options: more arguments for the module.
 
         Returns: [R, vocab_size] logits, model dtype, for the rows asked for.
         """
-        handler = PagedAttention(self.calls, cache, backend, inputs)
-        positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
-        with dispatch.handling(handler), rows_before_head(self.head, inputs.logits_rows), positions:
-            output = self.module(
-                input_ids=inputs.input_ids[None], position_ids=inputs.position_ids[None], use_cache=False
-            )
-        logits: Tensor = output.logits[0]
+        with rows_before_head(self.head, inputs.logits_rows):
+            logits: Tensor = self._run(inputs, (1, -1), cache, backend, {"use_cache": False} | options)[0]
         # A head that is no module of its own has computed all rows.
         return logits if len(logits) == len(inputs.logits_rows) else logits[inputs.logits_rows]
+
+    def forward_decodes(
+        self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any
+    ) -> Tensor:
+        """Run a step of one token per sequence, as [S, 1]: for layers that keep sequences apart by the batch dimension.
+
+        Returns: [S, vocab_size] logits, model dtype.
+        """
+        return self._run(inputs, (-1, 1), cache, backend, options)[:, 0]
+
+    def _run(
+        self,
+        inputs: ForwardInputs,
+        shape: tuple[int, int],
+        cache: KVCache,
+        backend: AttentionBackend,
+        options: dict[str, Any],
+    ) -> Tensor:
+        handler = PagedAttention(self.calls, cache, backend, inputs)
+        positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
+        with dispatch.handling(handler), positions:
+            output = self.module(
+                input_ids=inputs.input_ids.view(shape), position_ids=inputs.position_ids.view(shape), **options
+            )
+        return logits_of(output)
 
 
 class PagedAttention:
@@ -103,11 +130,10 @@ class PagedAttention:
                 "the order of its layers depends on the data"
             )
         layer, group = self._cache.layers[index], self._cache.group_of_layer[index]
-        key_TKD, value_TKV = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        query_THD, key_TKD, value_TKV = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
-        return self._backend.forward(
-            query[0].transpose(0, 1), key_TKD, value_TKV, layer, self._inputs.plans[group], call.params
-        )[None]
+        output = self._backend.forward(query_THD, key_TKD, value_TKV, layer, self._inputs.plans[group], call.params)
+        return output.view(query.shape[0], query.shape[2], *output.shape[1:])
 
 
 @contextmanager

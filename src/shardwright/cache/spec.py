@@ -85,6 +85,8 @@ def group_layers(layers: list[LayerSpec]) -> list[CacheGroup]:
 
     The size is the largest that leaves at most MAX_PADDING of all lanes empty: fewer groups mean fewer block tables.
     """
+    if not layers:
+        return []
     by_visibility: dict[Visibility, list[int]] = {}
     for index, layer in enumerate(layers):
         by_visibility.setdefault(layer.visibility, []).append(index)
@@ -94,7 +96,7 @@ def group_layers(layers: list[LayerSpec]) -> list[CacheGroup]:
         lanes = sum(ceil(count / size) * size for count in counts)
         return 1 - len(layers) / lanes
 
-    size = next((s for s in range(max(counts, default=1), 0, -1) if padding(s) <= MAX_PADDING), 1)
+    size = next((s for s in range(max(counts), 0, -1) if padding(s) <= MAX_PADDING), 1)
     return [
         CacheGroup(visibility, tuple(indices[start : start + size]))
         for visibility, indices in by_visibility.items()

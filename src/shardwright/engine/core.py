@@ -40,7 +40,7 @@ class EngineCore:
                 block_size=info.block_size,
                 num_blocks=info.num_blocks,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill and info.takes_chunks,
-                enable_prefix_caching=config.cache.enable_prefix_caching and info.takes_chunks,
+                enable_prefix_caching=config.cache.enable_prefix_caching and info.reuses_prefixes,
                 by_priority=config.scheduler.scheduling_policy == "priority",
             ),
             executor.groups,

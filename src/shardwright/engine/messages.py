@@ -99,8 +99,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     attention_rung: str
     attention_reason: str
-    takes_chunks: bool
-    """Whether prompts may be computed in pieces and begin after a cached prefix."""
+    takes_chunks: bool = True
+    """Whether prompts may be computed in pieces."""
+    reuses_prefixes: bool = True
+    """Whether prompts may begin after a cached prefix."""
 
 
 class Add(msgspec.Struct, frozen=True, tag="add", array_like=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from shardwright.errors import UnsupportedModelError
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import PerRequestModel, RecomputingModel
 from shardwright.worker.self_check import check_logits, plain_logits
+from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,12 @@ def climb(
         backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
         return PackedModel(served, backend, dtype=dtype, device=device, max_step_tokens=num_positions)
 
+    def with_state(reason: str, *, takes_chunks: bool = True) -> StepModel:
+        backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
+        return StateSlotModel(
+            module, backend, num_positions=num_positions, dtype=dtype, device=device, takes_chunks=takes_chunks
+        )
+
     def per_request(reason: str) -> StepModel:
         return PerRequestModel(module, reason, device=device)
 
@@ -68,6 +76,8 @@ def climb(
     rungs: list[tuple[AttentionRung, Callable[[str], StepModel]]] = [
         (AttentionRung.INTERFACE, packed),
         (AttentionRung.DATAFLOW, intercepted),
+        (AttentionRung.STATE, with_state),
+        (AttentionRung.STATE, partial(with_state, takes_chunks=False)),
         (AttentionRung.PER_REQUEST, per_request),
         (AttentionRung.RECOMPUTE, recomputing),
     ]
@@ -83,7 +93,7 @@ def climb(
         except Exception as exc:  # the model's code may fail in any way on a path that its author never took
             reasons.append(f"not {rung}: {type(exc).__name__}: {exc}")
             continue
-        if not isinstance(model, PackedModel):
+        if isinstance(model, RecomputingModel):
             logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
         return model
     raise UnsupportedModelError("; ".join(reasons))

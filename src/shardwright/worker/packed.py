@@ -26,6 +26,8 @@ class PackedModel:
     """
 
     takes_chunks = True
+    reuses_prefixes = True
+    bytes_per_row = 0
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class PackedModel:
     def bytes_per_block(self, block_size: int) -> int:
         return bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
 
-    def allocate(self, *, num_blocks: int, block_size: int) -> None:
+    def allocate(self, *, num_rows: int, num_blocks: int, block_size: int) -> None:
         self._cache = KVCache(
             self.layers,
             self.groups,

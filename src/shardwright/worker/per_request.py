@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
-from shardwright.adapt.intercepted_model import logits_of
+from shardwright.adapt.logits import logits_of
 from shardwright.adapt.probe import accepts, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.cache.spec import CacheGroup, LayerSpec, Visibility
 from shardwright.errors import UnsupportedModelError
-from shardwright.worker.step import Ints, StepTables
+from shardwright.worker.step import Ints, StepTables, wanted_places
 
 MEASURED_TOKENS = 32
 """Tokens of the sequence whose cache is measured."""
@@ -39,6 +39,8 @@ class RecomputingModel:
 
     rung = AttentionRung.RECOMPUTE
     takes_chunks = False
+    reuses_prefixes = False
+    bytes_per_row = 0
     max_step_tokens: int | None = None
 
     def __init__(self, module: nn.Module, reason: str, *, device: torch.device) -> None:
@@ -52,12 +54,12 @@ class RecomputingModel:
         """Nothing is kept; one byte stands for it, so that a budget still bounds the number of blocks."""
         return 1
 
-    def allocate(self, *, num_blocks: int, block_size: int) -> None:
+    def allocate(self, *, num_rows: int, num_blocks: int, block_size: int) -> None:
         """Nothing to do: nothing is kept."""
 
     def compute(self, step: StepTables) -> Tensor:
         rows = []
-        for i, wanted in enumerate(_wanted_places(step)):
+        for i, wanted in enumerate(wanted_places(step)):
             if len(wanted):
                 end = int(step.num_computed[i] + step.num_tokens[i])
                 logits = self._logits(self._tokens(step, i, 0, end))
@@ -109,7 +111,7 @@ class PerRequestModel(RecomputingModel):
 
     def compute(self, step: StepTables) -> Tensor:
         rows = []
-        for i, wanted in enumerate(_wanted_places(step)):
+        for i, wanted in enumerate(wanted_places(step)):
             start, count = int(step.num_computed[i]), int(step.num_tokens[i])
             logits = self._advance(int(step.rows[i]), self._tokens(step, i, 0, start + count), start)
             rows.append(logits[torch.from_numpy(wanted - count + len(logits)).to(self._device)])
@@ -149,13 +151,6 @@ class PerRequestModel(RecomputingModel):
         if total == 0:
             raise UnsupportedModelError("it keeps no cache between tokens")
         return -(-total // MEASURED_TOKENS)
-
-
-def _wanted_places(step: StepTables) -> list[Ints]:
-    """Per sequence, which of its tokens of this step have their logits wanted."""
-    ends = np.cumsum(step.num_tokens)
-    parts = np.split(step.logits_rows, np.searchsorted(step.logits_rows, ends[:-1]))
-    return [part - start for part, start in zip(parts, (ends - step.num_tokens).tolist(), strict=True)]
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

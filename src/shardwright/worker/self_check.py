@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shardwright.adapt.intercepted_model import logits_of
+from shardwright.adapt.logits import logits_of
 from shardwright.errors import UnsupportedModelError
 from shardwright.worker.step import Ints, StepModel, StepTables
 
@@ -97,7 +97,7 @@ def _stepwise_logits(
     num_rows, longest = len(sequences), max(map(len, sequences))
     blocks_per_row = -(-longest // block_size)
     table = np.arange(num_rows * blocks_per_row, 0, -1, dtype=np.int32).reshape(num_rows, blocks_per_row)
-    model.allocate(num_blocks=table.size * len(model.groups), block_size=block_size)
+    model.allocate(num_rows=num_rows, num_blocks=table.size * len(model.groups), block_size=block_size)
     token_rows = np.zeros((num_rows, longest), dtype=np.int32)
     for row, tokens in enumerate(sequences):
         token_rows[row, : len(tokens)] = tokens

@@ -46,14 +46,21 @@ class StepModel(Protocol):
     max_step_tokens: int | None
     """Most tokens that one step may have; None: as many as there are."""
     takes_chunks: bool
-    """Whether a prompt may come in pieces, and begin after a cached prefix."""
+    """Whether a prompt may come in pieces."""
+    reuses_prefixes: bool
+    """Whether a prompt may begin after a prefix that another one computed."""
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Memory that a running sequence takes whatever its length; known once steps have run."""
+        ...
 
     def bytes_per_block(self, block_size: int) -> int:
         """Memory of `block_size` tokens of one sequence, over all lanes."""
         ...
 
-    def allocate(self, *, num_blocks: int, block_size: int) -> None:
-        """Make room for the cache. Once, before the first step."""
+    def allocate(self, *, num_rows: int, num_blocks: int, block_size: int) -> None:
+        """Make room for the cache of as many sequences and blocks; what was kept before is lost."""
         ...
 
     def compute(self, step: StepTables) -> Tensor:
@@ -67,3 +74,10 @@ class StepModel(Protocol):
     def scrub(self, blocks: list[Ints]) -> None:
         """Make blocks (per group) harmless whose content is not finite."""
         ...
+
+
+def wanted_places(step: StepTables) -> list[Ints]:
+    """Per sequence, which of its tokens of this step have their logits wanted."""
+    ends = np.cumsum(step.num_tokens)
+    parts = np.split(step.logits_rows, np.searchsorted(step.logits_rows, ends[:-1]))
+    return [part - start for part, start in zip(parts, (ends - step.num_tokens).tolist(), strict=True)]

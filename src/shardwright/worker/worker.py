@@ -85,7 +85,7 @@ class Worker:
             )
         bytes_per_block = model.bytes_per_block(block_size)
         plan = plan_cache(
-            kv_cache_budget(config.cache, self.device),
+            kv_cache_budget(config.cache, self.device) - model.bytes_per_row * max_num_seqs,
             model.groups,
             bytes_per_block=bytes_per_block,
             block_size=block_size,
@@ -95,7 +95,7 @@ class Worker:
             may_shorten=config.model.max_model_len is None,
         )
         max_model_len = plan.max_model_len
-        model.allocate(num_blocks=plan.num_blocks, block_size=block_size)
+        model.allocate(num_rows=max_num_seqs, num_blocks=plan.num_blocks, block_size=block_size)
         self._runner = ModelRunner(
             model,
             RunnerLimits(
@@ -120,12 +120,13 @@ class Worker:
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=plan.num_blocks,
-            kv_cache_bytes=(plan.num_blocks + 1) * bytes_per_block,
+            kv_cache_bytes=(plan.num_blocks + 1) * bytes_per_block + model.bytes_per_row * max_num_seqs,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             attention_rung=model.rung,
             attention_reason=model.rung_reason,
             takes_chunks=model.takes_chunks,
+            reuses_prefixes=model.reuses_prefixes,
         )
         logger.info(
             "%s: %s, %.1f M parameters in %s on %s, %.2f GiB of weights, KV cache of %.2f GiB for %s tokens; "
