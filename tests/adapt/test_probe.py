@@ -84,6 +84,13 @@ def test_a_model_on_meta_shows_the_same() -> None:
     assert [call.params for call in calls] == [call.params for call in expected]
 
 
+def test_a_mask_that_no_layer_uses_stands_in_nobody_s_way() -> None:
+    """Qwen2-MoE makes a sliding mask of width 0 where no layer slides; Bart one for an encoder that is not there."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    assert {call.spec.visibility for call in calls_of("qwen2_moe", use_sliding_window=False, **moe)} == {FULL}
+    assert calls_of("bart", d_model=64, decoder_layers=1, decoder_attention_heads=4)[0].spec.visibility == FULL
+
+
 def test_own_code_that_dispatches_is_read() -> None:
     calls = probe_attention(make_tale(), num_positions=256).calls
     assert [call.spec.name for call in calls] == [f"chapters.chapter_{i}.listener" for i in range(3)]
@@ -96,7 +103,7 @@ def test_own_code_that_dispatches_is_read() -> None:
         ("bloom", {"n_head": 4}, "never calls Transformers' attention interface"),
         ("gptj", {"n_embd": 64, "n_head": 4, "n_layer": 1, "rotary_dim": 8}, "never calls Transformers'"),
         ("doge", {}, "attention mask that its code builds itself"),
-        ("bart", {"d_model": 64, "decoder_layers": 1, "encoder_layers": 1, "decoder_attention_heads": 4}, "not causal"),
+        ("bert", {"is_decoder": False}, r"bert\.encoder\.layer\.0\.attention\.self.* not causal"),
     ],
 )
 def test_what_stands_in_the_way_is_said(model_type: str, config: dict[str, object], reason: str) -> None:

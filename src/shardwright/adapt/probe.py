@@ -41,14 +41,21 @@ class ProbeHandler:
         self.calls: list[AttentionCall] = []
         self._names = {id(module): name for name, module in model.named_modules()}
         self._num_positions = num_positions
-        self._visibilities: dict[int, Visibility] = {}
+        self._visibilities: dict[int, Visibility | UnsupportedModelError] = {}
         self._masks: list[Tensor] = []
 
     def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor:
-        """A mask that lets everything through; its storage tells later which one it is, also through slices."""
-        visibility = read_visibility(
-            mask_function, num_positions=self._num_positions, size_hint=options.get("local_size")
-        )
+        """A mask that lets everything through; its storage tells later which one it is, also through slices.
+
+        Models also make masks that none of their layers uses, so one that we can't serve is no error yet.
+        """
+        visibility: Visibility | UnsupportedModelError
+        try:
+            visibility = read_visibility(
+                mask_function, num_positions=self._num_positions, size_hint=options.get("local_size")
+            )
+        except UnsupportedModelError as exc:
+            visibility = exc
         shape = (1, 1, options.get("q_length", NUM_PROBE_TOKENS), options.get("kv_length", NUM_PROBE_TOKENS))
         mask = torch.zeros(shape, dtype=options.get("dtype", torch.float32), device=options.get("device"))
         self._masks.append(mask)  # keeps the storage alive, so that its identity stays unique
@@ -98,6 +105,8 @@ class ProbeHandler:
         visibility = self._visibilities.get(mask.untyped_storage()._cdata)
         if visibility is None:
             raise UnsupportedModelError(f"{name} uses an attention mask that its code builds itself")
+        if isinstance(visibility, UnsupportedModelError):
+            raise UnsupportedModelError(f"{name}: {visibility}") from visibility
         return visibility
 
 
