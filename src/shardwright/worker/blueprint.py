@@ -1,8 +1,8 @@
-"""A model that is looked at, not served: built, and run as far as it takes to know its attention."""
+"""A model as its files describe it: found, its config read, types and lengths resolved."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +11,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shardwright.adapt.served_model import ServedModel
 from shardwright.config import ModelConfig
-from shardwright.errors import CheckpointError, UnsupportedModelError
+from shardwright.errors import CheckpointError, ConfigError, UnsupportedModelError
 from shardwright.loading.load import load_dummy_weights, load_weights
-from shardwright.models.build import build_module, load_config, resolve_dtype
+from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
 from shardwright.models.resolve import resolve_model
 from shardwright.worker.ladder import climb
 from shardwright.worker.step import StepModel
-from shardwright.worker.worker import resolve_max_model_len
+
+DEFAULT_MODEL_LEN = 4096
+"""Longest sequence for models whose config names no limit."""
 
 MOST_CHECKED_PARAMETERS = 500_000_000
-"""A larger model is not run against its own attention here, as it is when it is served: that would take long."""
+"""A larger model that is only looked at is not run against its own attention, as it is when it is served."""
 
 BLOCK_SIZE = 16
+"""Of the check of a model that is only looked at."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,7 @@ class Blueprint:
     config: PretrainedConfig
     dtype: torch.dtype
     max_model_len: int
+    vocab_size: int
     trust_remote_code: bool
 
     @classmethod
@@ -45,6 +49,7 @@ class Blueprint:
             config=config,
             dtype=resolve_dtype(model.dtype, config, path),
             max_model_len=resolve_max_model_len(model.max_model_len, config),
+            vocab_size=int(config.get_text_config().vocab_size),
             trust_remote_code=model.trust_remote_code,
         )
 
@@ -54,19 +59,31 @@ class Blueprint:
         module.tie_weights(recompute_mapping=False)
         return module
 
-    def capture_attention(self, *, num_parameters: int) -> StepModel | ServedModel:
-        """Capture the model's attention as serving it would.
+    def load(self, *, dummy: bool = False) -> PreTrainedModel:
+        """The module with its weights, or with random ones, for inference on the CPU.
 
-        A model of moderate size is checked against its own attention too, with its weights, or random ones if they
+        Raises: UnsupportedModelError if its code fails; CheckpointError if the weights do not fit.
+        """
+        module = build_module(self.config, self.dtype, trust_remote_code=self.trust_remote_code)
+        if dummy:
+            load_dummy_weights(module)
+        else:
+            load_weights(module, self.path, self.dtype, is_part=type(module.config) is not type(self.config))
+        return module.requires_grad_(False)
+
+    def capture_attention(self, *, num_parameters: int) -> StepModel | ServedModel:
+        """Capture the model's attention as serving it would, to look at it.
+
+        A model of moderate size is checked against its own forward pass too, with its weights, or random ones if they
         cannot be read. A large one stays on "meta", or gets zeros if its code looks at values, as routers do.
 
         Raises: UnsupportedModelError, with the reason.
         """
         if not self.is_large(num_parameters):
             return climb(
-                self._with_weights(),
+                self._load_in_float32(),
                 num_positions=self.max_model_len,
-                vocab_size=self.config.get_text_config().vocab_size,
+                vocab_size=self.vocab_size,
                 block_size=BLOCK_SIZE,
                 dtype=torch.float32,
                 compute_dtype=torch.float32,
@@ -82,15 +99,22 @@ class Blueprint:
         """Whether the model is looked at only for the first rung of the ladder, and not run against its own logits."""
         return num_parameters > MOST_CHECKED_PARAMETERS
 
-    def _with_weights(self) -> PreTrainedModel:
-        module = self.build(torch.float32)
-        is_part = type(module.config) is not type(self.config)
+    def _load_in_float32(self) -> PreTrainedModel:
+        blueprint = replace(self, dtype=torch.float32)
         try:
-            load_weights(module, self.path, torch.float32, is_part=is_part)
+            return blueprint.load()
         except CheckpointError:
-            module = self.build(torch.float32)
-            load_dummy_weights(module)
-        return module
+            return blueprint.load(dummy=True)
+
+
+def resolve_max_model_len(asked: int | None, config: PretrainedConfig) -> int:
+    """Most tokens of a sequence. Raises ConfigError if more is asked for than the model has positions."""
+    limit = max_positions(config)
+    if asked is None:
+        return limit or DEFAULT_MODEL_LEN
+    if limit is not None and asked > limit:
+        raise ConfigError(f"max_model_len is {asked:,} but the model's config allows {limit:,} positions: lower it")
+    return asked
 
 
 def fill_with_zeros(module: PreTrainedModel) -> PreTrainedModel:
