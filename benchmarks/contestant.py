@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +19,9 @@ from shardwright.bench.memory import peak_rss_mib
 from shardwright.bench.workloads import Workload
 
 HERE = Path(__file__).parent
+
+STOP_TIMEOUT_S = 20
+"""How long an engine may take to end by itself once its jobs are over."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +43,12 @@ class Contestant:
         begin = time.time()
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*self.command, model, dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                [*self.command, model, dtype],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # a group of its own, so that whatever it starts can be ended with it
             )
         self.facts = self._read()
         self.starts.append(
@@ -64,15 +75,16 @@ class Contestant:
         return round(sum(peak_rss_mib(pid) for pid in (self.process.pid, *(child.pid for child in children))), 1)
 
     def stop(self) -> None:
-        """End the process, if there is one."""
-        if self.process is not None and self.process.stdin is not None:
+        """End the process, if there is one, and what it has started."""
+        if self.process is None or self.process.stdin is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
             self.process.stdin.close()
-            try:
-                self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            self.process = None
+            self.process.wait(timeout=STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
 
     def _read(self) -> dict[str, Any]:
         assert self.process is not None

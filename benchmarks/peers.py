@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import platform
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of the table")
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the engines' processes whatever ends this one
     machine = measure_machine()
     with tempfile.TemporaryDirectory(prefix="peers-") as logs:
         engines = contestants(logs=Path(logs), hf=not args.no_hf, vllm=args.vllm)
@@ -150,4 +152,7 @@ def as_document(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
