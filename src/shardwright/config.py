@@ -20,6 +20,8 @@ from shardwright.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Policy = Literal["fcfs", "priority"]
+Task = Literal["auto", "generate", "embed", "classify"]
+PoolingType = Literal["auto", "mean", "cls", "last"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -74,10 +76,12 @@ class ModelConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto: a GPU if there is one.")
     seed: int = option(0, "Seed of sampling for requests that give none.")
+    task: Task = option("auto", "What the model is for: generating, embedding or classifying texts; auto: its config.")
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("no model given: name a directory, a hub id, or smollm2-135m")
+        check_choice(self, "task", ("auto", "generate", "embed", "classify"))
         check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
         check_choice(self, "load_format", ("auto", "safetensors", "dummy"))
         check_choice(self, "device", ("auto", "cpu", "cuda"))
@@ -127,12 +131,30 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PoolingConfig:
+    """How a model that embeds makes one vector of a text."""
+
+    pooling: PoolingType = option(
+        "auto",
+        "Which tokens make a text's embedding; auto: as the model's sentence-transformers files say, else the last one "
+        "if tokens see only what is before them, else the mean.",
+    )
+    normalize: bool | None = option(
+        None, "Scale embeddings to length 1; default: as sentence-transformers' files say, yes without them."
+    )
+
+    def __post_init__(self) -> None:
+        check_choice(self, "pooling", ("auto", "mean", "cls", "last"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All that one engine needs."""
 
     model: ModelConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> EngineConfig:
@@ -147,19 +169,21 @@ class EngineConfig:
             raise ConfigError(f"unknown engine option {unknown[0]!r}{hint}")
         if isinstance(options.get("kv_cache_memory_bytes"), str):
             options["kv_cache_memory_bytes"] = parse_bytes(options["kv_cache_memory_bytes"])
-        parts: dict[str, dict[str, Any]] = {"model": {"model": model}, "cache": {}, "scheduler": {}}
+        parts: dict[str, dict[str, Any]] = {"model": {"model": model}, "cache": {}, "scheduler": {}, "pooling": {}}
         for name, value in options.items():
             parts[known[name]][name] = value
         return cls(
             model=ModelConfig(**parts["model"]),
             cache=CacheConfig(**parts["cache"]),
             scheduler=SchedulerConfig(**parts["scheduler"]),
+            pooling=PoolingConfig(**parts["pooling"]),
         )
 
 
 def engine_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Every option of the engine as (name of its record, field), in the order of `--help`."""
-    for part, record in (("model", ModelConfig), ("cache", CacheConfig), ("scheduler", SchedulerConfig)):
+    records = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "pooling": PoolingConfig}
+    for part, record in records.items():
         for f in dataclasses.fields(record):
             if "help" in f.metadata:
                 yield part, f

@@ -68,3 +68,35 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Per prompt token; the first is None, since nothing predicts it."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+
+@dataclass(kw_only=True, slots=True)
+class EmbeddingOutput:
+    """A text as a vector."""
+
+    prompt: str | None
+    """None when the caller gave token ids."""
+    prompt_token_ids: list[int]
+    embedding: list[float]
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassificationOutput:
+    """What a classifier says of a text."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    logits: list[float]
+    """One per label."""
+    probs: list[float]
+    """Softmax of the logits; of a single label or of labels that do not exclude each other, the sigmoid of each."""
+    label: str
+    """The likeliest one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreOutput:
+    """One number for a text, or for a pair of texts."""
+
+    prompt_token_ids: list[int]
+    score: float

@@ -37,9 +37,9 @@ class Flag:
         """The keyword argument that typer turns into `--name` (`--name/--no-name` for a bool)."""
         spelled = "--" + self.name.replace("_", "-")
         more: dict[str, Any] = {}
-        if self.type is bool:
+        if self.type in (bool, bool | None):
             spelled += "/--no-" + self.name.replace("_", "-")
-            more = {"show_default": self.default}
+            more = {"show_default": bool(self.default)}
         if self.name.endswith("_bytes"):
             more = {"parser": parse_bytes, "metavar": "SIZE"}
         info = typer.Option(spelled, help=self.help, rich_help_panel=panel, **more)

@@ -5,6 +5,8 @@ Plain msgspec records, never pickled. The front end owns text; the core owns tok
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from shardwright.outputs import FinishReason
@@ -50,6 +52,23 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
 
 
+class PoolingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One text to read as a whole. Made by the front end, read by the pooling core."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    token_type_ids: list[int] | None = None
+    """Which of two texts each token belongs to, for models that ask; None: all to the first."""
+
+
+class PoolingOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What a model made of one text."""
+
+    request_id: str
+    values: bytes
+    """Embedding, or logits of a classifier: float32 in the machine's byte order."""
+
+
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     """State of the scheduler after a step; counters grow from the engine's start."""
 
@@ -76,6 +95,25 @@ class EngineOutputs(msgspec.Struct, frozen=True, kw_only=True):
 
     outputs: list[EngineOutput]
     stats: SchedulerStats
+    pooled: list[PoolingOutput] = []
+    """Of texts that were read whole."""
+
+
+class PoolingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model that reads whole texts makes of them."""
+
+    size: int
+    """Numbers per text: the embedding's, or one per label."""
+    pooling: str | None = None
+    """Which tokens an embedding is made of; None for a classifier."""
+    normalize: bool = False
+    """Whether embeddings have length 1."""
+    dimensions: list[int] | None = None
+    """Sizes that embeddings may be cut to; empty: any up to `size`; None: they may not be cut."""
+    labels: list[str] = []
+    """Of a classifier, by their places in its logits."""
+    activation: str | None = None
+    """What makes a score of a logit: sigmoid, none, or None where the model's files do not say."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,12 +141,21 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether prompts may be computed in pieces."""
     reuses_prefixes: bool = True
     """Whether prompts may begin after a cached prefix."""
+    task: Literal["generate", "embed", "classify"] = "generate"
+    pooling: PoolingInfo | None = None
+    """Of models that do not generate."""
 
 
 class Add(msgspec.Struct, frozen=True, tag="add", array_like=True):
     """Queue a sequence."""
 
     request: EngineRequest
+
+
+class Pool(msgspec.Struct, frozen=True, tag="pool", array_like=True):
+    """Queue texts to be read whole."""
+
+    requests: list[PoolingRequest]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -125,7 +172,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     """End the core process."""
 
 
-Command = Add | Abort | ResetPrefixCache | Shutdown
+Command = Add | Pool | Abort | ResetPrefixCache | Shutdown
 """What the front end sends to a core in another process."""
 
 

@@ -91,12 +91,32 @@ def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_c
     ):
         raise ModelSourceError(
             f"model type {config.model_type!r} has no causal language model: "
-            "shardwright serves decoders that generate text"
+            "it generates no text, but may embed some with --task embed"
         )
+    return construct(
+        AutoModelForCausalLM, config, dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"
+    )
+
+
+def construct(
+    auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool, **options: Any
+) -> PreTrainedModel:
+    """The module that one of Transformers' Auto classes has for a config, as `build_module` returns it.
+
+    Args:
+        auto_class: such as AutoModelForCausalLM.
+        config: of the model; becomes the module's own.
+        dtype: of parameters.
+        trust_remote_code: whether code from the model's directory may run.
+        options: for the module's constructor.
+
+    Raises: UnsupportedModelError if the code fails.
+    """
+    options["trust_remote_code"] = trust_remote_code
     try:
-        model = _construct(config, dtype, trust_remote_code=trust_remote_code)
+        model = _construct(auto_class, config, dtype, options)
         if dtype is not torch.float32:
-            _round_buffers(model, _construct(copy.deepcopy(config), torch.float32, trust_remote_code=trust_remote_code))
+            _round_buffers(model, _construct(auto_class, copy.deepcopy(config), torch.float32, options))
     except Exception as exc:
         raise UnsupportedModelError(
             f"the code of {config.model_type!r} failed while it built the model: {type(exc).__name__}: {exc}"
@@ -105,14 +125,14 @@ def build_module(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_c
     return model
 
 
-def _construct(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+def _construct(
+    auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
+) -> PreTrainedModel:
     with ExitStack() as stack:
         stack.enter_context(transformers_init.no_init_weights())
         stack.enter_context(transformers_init.no_tie_weights())
         stack.enter_context(parameters_on_meta())
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
+        model = auto_class.from_config(config, dtype=dtype, **options)
     assert isinstance(model, PreTrainedModel)
     return model
 
