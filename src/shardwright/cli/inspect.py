@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +17,8 @@ from shardwright.config import EngineConfig
 from shardwright.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from shardwright.adapt.served_model import ServedModel
     from shardwright.cli.structure import Node
     from shardwright.worker.step import StepModel
@@ -83,38 +87,70 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
         rung = "per-request" if blueprint.is_large(tree.num_parameters) else None
         report |= {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": []}
     else:
-        report |= describe_attention(
-            served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len
-        )
+        report |= describe_attention(served)
+        report["cache_groups"] = [
+            *paged_groups(served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len),
+            *state_groups(served, blueprint.config),
+        ] or [cache_group("none")]
     return report, tree
 
 
-def describe_attention(served: StepModel | ServedModel, *, element_bytes: int, max_model_len: int) -> dict[str, Any]:
-    """How the attention of a model is captured, and what its cache takes."""
-    groups: list[dict[str, Any]] = []
-    for group in served.groups:
-        if not group.layers:  # a cache of the model's own kind, or none
-            groups.append({"kind": "none", "window": None, "layers": [], "bytes_per_token": 0, "bytes_per_request": 0})
-            continue
-        bytes_per_token = sum(served.layers[i].elements_per_token for i in group.layers) * element_bytes
-        window = group.visibility.size
-        groups.append(
-            {
-                "kind": group.visibility.kind,
-                "window": window,
-                "layers": list(group.layers),
-                "bytes_per_token": bytes_per_token,
-                "bytes_per_request": bytes_per_token * min(max_model_len, window or max_model_len),
-            }
-        )
+def describe_attention(served: StepModel | ServedModel) -> dict[str, Any]:
+    """How the attention of a model is captured, and what takes its place."""
     return {
         "attention": {"rung": served.rung, "reason": served.rung_reason},
-        "cache_groups": groups,
         "replaced": [
             {"module": layer.name, "what": "attention", "by": f"paged attention, {layer.visibility.kind}"}
             for layer in served.layers
         ],
     }
+
+
+def cache_group(
+    kind: str, *, window: int | None = None, layers: Sequence[int] = (), token: int = 0, request: int = 0
+) -> dict[str, Any]:
+    """Layers that are cached alike, and the bytes that a token and a request take in all of them."""
+    return {
+        "kind": kind,
+        "window": window,
+        "layers": list(layers),
+        "bytes_per_token": token,
+        "bytes_per_request": request,
+    }
+
+
+def paged_groups(
+    served: StepModel | ServedModel, *, element_bytes: int, max_model_len: int
+) -> Iterator[dict[str, Any]]:
+    """Attention layers with blocks of keys and values, in groups of one window."""
+    for group in served.groups:
+        if group.layers:
+            bytes_per_token = sum(served.layers[i].elements_per_token for i in group.layers) * element_bytes
+            window = group.visibility.size
+            yield cache_group(
+                group.visibility.kind,
+                window=window,
+                layers=[layer_number(served.layers[i].name, default=i) for i in group.layers],
+                token=bytes_per_token,
+                request=bytes_per_token * min(max_model_len, window or max_model_len),
+            )
+
+
+def layer_number(name: str, *, default: int) -> int:
+    """The number in the name of a layer's module: 3 for `model.layers.3.self_attn`."""
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[0]) if len(numbers) == 1 else default
+
+
+def state_groups(served: StepModel | ServedModel, config: PretrainedConfig) -> Iterator[dict[str, Any]]:
+    """Layers that carry a state of one size however long the request is, as measured in float32."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    if num_bytes := getattr(served, "bytes_per_row", 0):
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+        layers = [i for i, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        yield cache_group("state", layers=layers, request=num_bytes)
 
 
 def show(report: dict[str, Any], tree: Node, *, depth: int | None, params: bool) -> None:
