@@ -30,7 +30,8 @@ KNOWN: dict[str, Any] = {
     "max_model_len": MAX_MODEL_LEN,
     "num_blocks": 32,
 }
-INFO = EngineInfo(**{field.name: field.type() for field in msgspec.structs.fields(EngineInfo)} | KNOWN)
+REQUIRED = [field for field in msgspec.structs.fields(EngineInfo) if field.required]
+INFO = EngineInfo(**{field.name: field.type() for field in REQUIRED} | KNOWN)
 """What the server does not look at is empty."""
 
 

@@ -112,8 +112,10 @@ class PoolingInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes that embeddings may be cut to; empty: any up to `size`; None: they may not be cut."""
     labels: list[str] = []
     """Of a classifier, by their places in its logits."""
-    activation: str | None = None
-    """What makes a score of a logit: sigmoid, none, or None where the model's files do not say."""
+    is_multi_label: bool = False
+    """Whether labels do not exclude each other."""
+    scores_are_logits: bool = False
+    """Whether the score of a pair of texts is the logit itself; its sigmoid otherwise."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
