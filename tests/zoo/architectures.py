@@ -1,0 +1,82 @@
+"""Architectures of the installed Transformers, and what each needs to be tiny and still itself.
+
+What they share is in `builder.SIZES`. Every kind of position code, norm, projection and mask occurs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Table = dict[str, dict[str, Any]]
+
+FULL: Table = {
+    "apertus": {},
+    "arcee": {},
+    "bart": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
+    "biogpt": {},
+    "bitnet": {},
+    "cohere": {"logit_scale": 1.0},
+    "diffllama": {},
+    "ernie4_5": {},
+    "gemma": {},
+    "glm": {},
+    "glm4": {},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.8, "logits_scaling": 0.5},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "iquestcoder": {},
+    "jais2": {},
+    "llama": {},
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "opt": {},
+    "persimmon": {},
+    "phi": {},
+    "seed_oss": {},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]},
+    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True},
+}
+"""Every layer sees the whole past."""
+
+SLIDING: Table = {
+    "cohere2": {"logit_scale": 1.0},
+    "cwm": {},
+    "exaone4": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "ministral": {},
+    "ministral3": {},
+    "mistral": {},
+    "modernbert-decoder": {},
+    "olmo3": {},
+    "phi3": {},
+    "qwen2": {"use_sliding_window": True, "num_hidden_layers": 4, "max_window_layers": 2, "layer_types": None},
+    "qwen3": {"use_sliding_window": True, "num_hidden_layers": 4, "max_window_layers": 2, "layer_types": None},
+    "starcoder2": {},
+    "vaultgemma": {"query_pre_attn_scalar": 16},
+}
+"""All layers, or some, see a window of 16 tokens."""
+
+MIXED: Table = {
+    "afmoe": {},
+    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8, "n_group": 2},
+    "gpt_oss": {},
+    "llama4_text": {"attention_chunk_size": 16, "intermediate_size_mlp": 96},
+    "minicpm3": {"num_key_value_heads": 4, "head_dim": 8},
+    "mixtral": {},
+    "olmoe": {},
+    "phimoe": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
+"""Experts, latent attention, chunks, sinks, and several of them at once."""
+
+QUICK = ("deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "llama4_text", "mistral")
+"""One of each kind, for the daily run."""
