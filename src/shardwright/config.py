@@ -18,7 +18,7 @@ from typing import Any, Literal
 from shardwright.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-LoadFormat = Literal["auto", "safetensors", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 Policy = Literal["fcfs", "priority"]
 Task = Literal["auto", "generate", "embed", "classify"]
 PoolingType = Literal["auto", "mean", "cls", "last"]
@@ -83,7 +83,7 @@ class ModelConfig:
             raise ConfigError("no model given: name a directory, a hub id, or smollm2-135m")
         check_choice(self, "task", ("auto", "generate", "embed", "classify"))
         check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
-        check_choice(self, "load_format", ("auto", "safetensors", "dummy"))
+        check_choice(self, "load_format", ("auto", "safetensors", "pt", "dummy"))
         check_choice(self, "device", ("auto", "cpu", "cuda"))
         check_positive(self, "max_model_len")
 

@@ -100,6 +100,6 @@ def test_index_that_is_not_text_is_named(tiny_llama: Path, tmp_path: Path) -> No
 
 def test_config_without_weights_says_what_is_expected(tiny_llama: Path, tmp_path: Path) -> None:
     directory = copy_of(tiny_llama, tmp_path / "model")
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"config but no weights \(it has pytorch_model\.bin.*dummy"):
+    (directory / "model.safetensors").rename(directory / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"no weights that can be read here \(it has model\.gguf\).*dummy"):
         load(directory)
