@@ -17,7 +17,8 @@ import pytest
 
 from shardwright.errors import ModelSourceError
 from shardwright.models import starter, starter_sources
-from shardwright.models.starter import STARTER_NAME, cache_directory, is_complete, starter_directory
+from shardwright.models.starter import STARTER_NAME, is_complete, starter_directory
+from shardwright.paths import cache_directory
 
 FETCH_IN_A_PROCESS = """
 import sys, time

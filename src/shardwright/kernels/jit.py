@@ -1,0 +1,83 @@
+"""Native kernels, compiled for this machine when first needed and kept in the user's cache directory.
+
+A library's name is a hash of its source, the compiler and the processor, so that nothing stale is ever loaded. It is
+linked against the OpenMP runtime that torch brings: two runtimes in one process would fight for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from shardwright.paths import cache_directory
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+COMPILE_TIMEOUT_S = 120
+
+
+@functools.cache
+def native_library(name: str) -> ctypes.CDLL | None:
+    """The compiled `native/<name>.cpp`; None, with one warning, if it cannot be had here.
+
+    Args:
+        name: of the source file, without its ending.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        logger.warning("no C++ compiler found: native kernels are off, some steps are slower; install g++ to have them")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(SOURCES / f"{name}.cpp", compiler)))
+    except (OSError, subprocess.SubprocessError) as exc:
+        detail = exc.stderr.decode(errors="replace") if isinstance(exc, subprocess.CalledProcessError) else str(exc)
+        first_line = (detail.strip().splitlines() or [type(exc).__name__])[0]
+        logger.warning("native kernels are off, some steps are slower: %s cannot be compiled: %s", name, first_line)
+        return None
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    """The shared library of a source file, compiled unless the cache has it. Raises OSError or SubprocessError."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+    identity = b"\0".join([source.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()])
+    directory = cache_directory() / "kernels"
+    library = directory / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        compiled, linked = Path(temporary) / "kernel.o", Path(temporary) / "kernel.so"
+        for command in (
+            [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), *_openmp_flags()],
+        ):
+            subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
+        linked.replace(library)  # atomic: another process may do the same
+    return library
+
+
+def _openmp_flags() -> list[str]:
+    """Link flags for torch's own OpenMP runtime, or the compiler's if torch brings none."""
+    import torch
+
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return [str(libraries[0]), f"-Wl,-rpath,{libraries[0].parent}"] if libraries else ["-fopenmp"]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
