@@ -14,11 +14,12 @@ import shardwright
 
 PACKAGE = Path(shardwright.__file__).parent
 
-LEAVES = {"errors", "config", "sampling_params", "outputs", "engine.messages"}
+LEAVES = {"errors", "paths", "config", "sampling_params", "outputs", "engine.messages"}
 """Plain records that anybody may import; among themselves they follow MAY_IMPORT."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "paths": set(),
     "config": {"errors"},
     "sampling_params": {"errors"},
     "outputs": set(),
@@ -26,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loading": LEAVES,
     "models": LEAVES | {"loading"},
     "cache": LEAVES,
-    "layers": LEAVES,
+    "kernels": LEAVES,
+    "layers": LEAVES | {"kernels"},
     "attention": LEAVES | {"cache"},
     "adapt": LEAVES | {"attention", "cache", "layers"},
     "worker": LEAVES | {"adapt", "attention", "cache", "layers", "loading", "models"},
