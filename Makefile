@@ -3,12 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 MODEL ?= smollm2-135m
 ARGS ?=
+ZOO_SOURCE ?= ../shared/zoo
+ZOO ?= .zoo
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup starter demo serve test test-fast lint format bench
+.PHONY: help setup starter demo serve test test-fast lint format bench zoo
 
 help: ## Show this list
 	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [MODEL=smollm2-135m] [ARGS='...']"
@@ -45,6 +47,11 @@ lint: $(INSTALLED) ## Check style, formatting and types
 format: $(INSTALLED) ## Mend style and formatting where that can be done by itself
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+zoo: $(INSTALLED) ## Serve every architecture that ZOO_SOURCE builds, and write docs/coverage.md
+	@PYTHONDONTWRITEBYTECODE=1 $(BIN)/python $(ZOO_SOURCE)/zoo.py build $(ZOO)/models
+	@PYTHONDONTWRITEBYTECODE=1 $(BIN)/python $(ZOO_SOURCE)/custom.py build $(ZOO)/custom
+	@$(BIN)/python benchmarks/coverage.py $(ZOO)/models $(ZOO)/custom --output docs/coverage.md $(ARGS)
 
 bench: $(INSTALLED) ## Measure a model on the standard workloads
 	@$(BIN)/shardwright bench all $(MODEL) $(ARGS)
