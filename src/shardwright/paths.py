@@ -8,7 +8,8 @@ from pathlib import Path
 
 def cache_directory() -> Path:
     """Where what can be made or fetched again is kept: SHARDWRIGHT_CACHE, or `shardwright` in the user's cache
-    directory."""
+    directory.
+    """
     if own := os.environ.get("SHARDWRIGHT_CACHE"):
         return Path(own).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,5 +1,6 @@
 """Linear layers with bfloat16 weights for a few tokens, natively: half the memory traffic of float32, all sums in
-float32."""
+float32.
+"""
 
 from __future__ import annotations
 
