@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardwright.async_llm import AsyncLLM
     from shardwright.llm import LLM
-    from shardwright.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
+    from shardwright.outputs import (
+        ClassificationOutput,
+        CompletionOutput,
+        EmbeddingOutput,
+        FinishReason,
+        Logprob,
+        RequestOutput,
+        ScoreOutput,
+    )
     from shardwright.sampling_params import SamplingParams
 
 __version__ = version("shardwright")
@@ -21,11 +29,14 @@ __version__ = version("shardwright")
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "ClassificationOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
     "FinishReason",
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "__version__",
 ]
 
@@ -33,10 +44,13 @@ _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "SamplingParams": "sampling_params",
+    "ClassificationOutput": "outputs",
     "CompletionOutput": "outputs",
+    "EmbeddingOutput": "outputs",
     "FinishReason": "outputs",
     "Logprob": "outputs",
     "RequestOutput": "outputs",
+    "ScoreOutput": "outputs",
 }
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from shardwright.config import EngineConfig
 from shardwright.engine.client import CoreClient
 from shardwright.engine.cumulative_output import CumulativeOutput
 from shardwright.engine.frontend import Frontend, load_frontend_tokenizer
 from shardwright.engine.input_processor import Prompt
-from shardwright.engine.messages import Abort, Add, EngineInfo, ResetPrefixCache, SchedulerStats
+from shardwright.engine.messages import Abort, Add, EngineInfo, Pool, PoolingOutput, ResetPrefixCache, SchedulerStats
 from shardwright.engine.output_processor import ProcessedOutputs
+from shardwright.engine.pooling_frontend import PoolingFrontend, PoolingJob
 from shardwright.errors import EngineDeadError, ShardwrightError
 from shardwright.models.tokenizer import Tokenizer
-from shardwright.outputs import RequestOutput
+from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput
 from shardwright.sampling_params import SamplingParams
+
+PoolingResult = TypeVar("PoolingResult")
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class AsyncLLM:
         self.config = config
         self.stats = SchedulerStats()
         self._streams: dict[str, _Stream] = {}
+        self._futures: dict[str, asyncio.Future[bytes]] = {}
         self._receiver: asyncio.Task[None] | None = None
         self._error: ShardwrightError | None = None
         self._client = CoreClient(config)
@@ -60,6 +64,7 @@ class AsyncLLM:
             tokenizer = load_frontend_tokenizer(config)  # while the core loads the model
             self.info: EngineInfo = self._client.wait_until_ready()
             self._frontend = Frontend(tokenizer, self.info)
+            self._pooling = PoolingFrontend(tokenizer, self.info)
         except BaseException:
             self._client.close()
             raise
@@ -76,7 +81,7 @@ class AsyncLLM:
     @property
     def num_unfinished(self) -> int:
         """Requests that have not ended."""
-        return len(self._streams)
+        return len(self._streams) + len(self._futures)
 
     async def generate(
         self,
@@ -123,6 +128,49 @@ class AsyncLLM:
             if not is_finished:
                 self._abort_in_core(self._frontend.abort(submission.request_id))
 
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingOutput]:
+        """Embed texts, with a model that was started for it. Cancelling forgets those not read yet.
+
+        Args:
+            prompts: as for `generate`; one, or many.
+            dimensions: cut embeddings to so many numbers, if the model was trained for that.
+            truncate_prompt_tokens: read the beginning of longer texts; -1: as much as the model reads.
+
+        Returns: one output per text, in order.
+        Raises: RequestError if the model does not embed or a text is wrong; EngineDeadError when the core is gone.
+        """
+        job = self._pooling.embed(prompts, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens)
+        return await self._pool(job)
+
+    async def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, truncate_prompt_tokens: int | None = None
+    ) -> list[ClassificationOutput]:
+        """Classify texts, with a model that has a head for it. As `embed` otherwise."""
+        return await self._pool(self._pooling.classify(prompts, truncate_prompt_tokens=truncate_prompt_tokens))
+
+    async def _pool(self, job: PoolingJob[PoolingResult]) -> list[PoolingResult]:
+        if self._error is not None:
+            raise self._error
+        self._receive_in_background()
+        loop = asyncio.get_running_loop()
+        futures: dict[str, asyncio.Future[bytes]] = {one.request_id: loop.create_future() for one in job.requests}
+        self._futures |= futures
+        try:
+            self._client.send(Pool(job.requests))
+            values = await asyncio.gather(*futures.values())
+            return job.outputs(dict(zip(futures, values, strict=True)))
+        finally:
+            unread = [request_id for request_id, future in futures.items() if future.cancelled()]
+            for request_id in futures:
+                del self._futures[request_id]
+            self._abort_in_core(unread)
+
     async def abort(self, request_id: str) -> None:
         """End a request. Its stream ends with finish reason "abort"; unknown ids are ignored."""
         if (stream := self._streams.get(request_id)) is not None:
@@ -157,8 +205,15 @@ class AsyncLLM:
                 processed = self._frontend.process(outputs)
                 self._abort_in_core(processed.abort_ids)
                 self._hand_out(processed)
+                self._hand_out_pooled(outputs.pooled)
         except ShardwrightError as exc:
             self._fail(exc)
+
+    def _hand_out_pooled(self, pooled: list[PoolingOutput]) -> None:
+        for output in pooled:
+            future = self._futures.get(output.request_id)
+            if future is not None and not future.done():
+                future.set_result(output.values)
 
     def _hand_out(self, processed: ProcessedOutputs) -> None:
         for output in processed.request_outputs:
@@ -175,6 +230,9 @@ class AsyncLLM:
             self._error = error
             for stream in self._streams.values():
                 stream.queue.put_nowait(error)
+            for future in self._futures.values():
+                if not future.done():
+                    future.set_exception(error)
 
     def _abort_in_core(self, sequence_ids: list[str]) -> None:
         if sequence_ids and self._error is None:

@@ -1,28 +1,34 @@
-"""LLM: offline generation, with the engine core in this process."""
+"""LLM: offline generation and embedding, with the engine core in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar
 
 from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
 from shardwright.engine.cumulative_output import CumulativeOutput
 from shardwright.engine.frontend import Frontend, load_frontend_tokenizer
-from shardwright.engine.input_processor import Prompt
+from shardwright.engine.input_processor import Prompt, as_prompts
 from shardwright.engine.messages import EngineInfo, SchedulerStats
+from shardwright.engine.pooling_core import PoolingCore
+from shardwright.engine.pooling_frontend import PoolingFrontend, PoolingJob
+from shardwright.engine.start import Core, start_core
+from shardwright.engine.tasks import check_task
 from shardwright.errors import EngineDeadError, RequestError
 from shardwright.models.tokenizer import Tokenizer
-from shardwright.outputs import RequestOutput
+from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput, ScoreOutput
 from shardwright.sampling_params import SamplingParams
+
+PoolingResult = TypeVar("PoolingResult")
 
 Messages = list[dict[str, Any]]
 """A conversation as OpenAI's API has it: dicts with `role` and `content`."""
 
 
 class LLM:
-    """A model, ready to generate. All requests of a call run together, batched as blocks and budget allow.
+    """A model, ready to generate, embed or classify. All requests of a call run together, as memory and budget allow.
 
     Args:
         model: a directory, a hub id, or `smollm2-135m`, the starter model.
@@ -44,9 +50,10 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         self.config = config
         tokenizer = load_frontend_tokenizer(config)
-        self._core: EngineCore | None = EngineCore.from_config(config)
+        self._core: Core | None = start_core(config)
         self.info: EngineInfo = self._core.info
         self._frontend = Frontend(tokenizer, self.info)
+        self._pooling = PoolingFrontend(tokenizer, self.info)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,7 +81,7 @@ class LLM:
         Returns: one output per prompt, in order.
         Raises: RequestError before anything runs, if one of the requests is wrong.
         """
-        prompts = _as_list(prompts)
+        prompts = as_prompts(prompts)
         results = [CumulativeOutput() for _ in prompts]
         with _progress(len(prompts), enabled=use_tqdm) as progress:
             for index, delta in self.stream(prompts, sampling_params):
@@ -99,6 +106,7 @@ class LLM:
 
         Raises: RequestError if the tokenizer has no chat template, or it refuses the messages.
         """
+        check_task(self.info, "generate")
         conversations: Any = [messages] if not messages or isinstance(messages[0], dict) else messages
         prompts: list[Prompt] = [
             {"prompt_token_ids": self.tokenizer.apply_chat_template(conversation, **template_kwargs)}
@@ -118,8 +126,10 @@ class LLM:
         Yields: (index of the prompt, output with only the new text, tokens and log-probabilities).
         Raises: as `generate`.
         """
+        check_task(self.info, "generate")
         core = self._live_core
-        prompts = _as_list(prompts)
+        assert isinstance(core, EngineCore)
+        prompts = as_prompts(prompts)
         params = _for_each(sampling_params, len(prompts))
         index_of: dict[str, int] = {}
         try:
@@ -145,6 +155,77 @@ class LLM:
                 for sequence_id in self._frontend.abort(request_id):
                     core.abort(sequence_id)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """Embed texts, with a model that was started for it.
+
+        Args:
+            prompts: as for `generate`.
+            dimensions: cut embeddings to so many numbers, if the model was trained for that.
+            truncate_prompt_tokens: read the beginning of longer texts; -1: as much as the model reads.
+            use_tqdm: show progress on stderr.
+
+        Returns: one output per text, in order.
+        Raises: RequestError before anything runs, if the model does not embed or a text is wrong.
+        """
+        job = self._pooling.embed(prompts, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens)
+        return self._pool(job, use_tqdm=use_tqdm)
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ClassificationOutput]:
+        """Classify texts, with a model that has a head for it. Arguments as for `embed`."""
+        job = self._pooling.classify(prompts, truncate_prompt_tokens=truncate_prompt_tokens)
+        return self._pool(job, use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        text_1: Prompt | Sequence[Prompt],
+        text_2: str | Sequence[str] | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """One number per text, or per pair of texts, with a model that has a single label.
+
+        Args:
+            text_1: texts whose logit is the score, as with reward models; or the first texts of pairs, such as queries.
+            text_2: the second texts; as many as first ones, or one first text for all. The score of a pair is the
+                sigmoid of the logit, unless the model's config has another rule.
+            truncate_prompt_tokens, use_tqdm: as for `embed`.
+
+        Raises: RequestError before anything runs, if the model does not score or a text is wrong.
+        """
+        job = self._pooling.score(text_1, text_2, truncate_prompt_tokens=truncate_prompt_tokens)
+        return self._pool(job, use_tqdm=use_tqdm)
+
+    def _pool(self, job: PoolingJob[PoolingResult], *, use_tqdm: bool) -> list[PoolingResult]:
+        core = self._live_core
+        assert isinstance(core, PoolingCore)
+        values: dict[str, bytes] = {}
+        try:
+            for request in job.requests:
+                core.add(request)
+            with _bar("texts", len(job.requests), enabled=use_tqdm) as bar:
+                while core.has_work:
+                    pooled = core.step().pooled
+                    values |= {one.request_id: one.values for one in pooled}
+                    bar.update(len(pooled))
+        finally:
+            for request in job.requests:
+                core.abort(request.request_id)
+        return job.outputs(values)
+
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, for measurements that must not profit from earlier ones."""
         self._live_core.reset_prefix_cache()
@@ -162,7 +243,7 @@ class LLM:
         self.close()
 
     @property
-    def _live_core(self) -> EngineCore:
+    def _live_core(self) -> Core:
         if self._core is None:
             raise EngineDeadError("the engine is closed: make a new LLM")
         return self._core
@@ -172,9 +253,7 @@ class _progress:
     """A bar of finished requests on stderr, with output tokens per second."""
 
     def __init__(self, total: int, *, enabled: bool) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        self._bar = tqdm(total=total, desc="requests", disable=not enabled, dynamic_ncols=True)
+        self._bar = _bar("requests", total, enabled=enabled)
         self._num_tokens = 0
 
     def advance(self, delta: RequestOutput) -> None:
@@ -191,10 +270,10 @@ class _progress:
         self._bar.close()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, from one or many; a list of integers is one."""
-    is_one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [cast("Prompt", prompts)] if is_one else list(cast("Sequence[Prompt]", prompts))
+def _bar(what: str, total: int, *, enabled: bool) -> Any:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, desc=what, disable=not enabled, dynamic_ncols=True)
 
 
 def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams | None]:

@@ -13,6 +13,7 @@ from shardwright.config import EngineConfig
 from shardwright.engine.input_processor import InputProcessor, Prompt, prompt_text
 from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
 from shardwright.engine.output_processor import OutputProcessor, ProcessedOutputs
+from shardwright.engine.tasks import check_task
 from shardwright.models.generation import eos_token_ids
 from shardwright.models.resolve import resolve_model
 from shardwright.models.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,7 @@ class Frontend:
 
     def __init__(self, tokenizer: Tokenizer, info: EngineInfo) -> None:
         self.tokenizer = tokenizer
+        self._info = info
         self._inputs = InputProcessor(
             tokenizer,
             vocab_size=info.vocab_size,
@@ -63,8 +65,9 @@ class Frontend:
     ) -> Submission:
         """Check a request and expect its outputs.
 
-        Raises: RequestError naming the field at fault, or that the id is in use.
+        Raises: RequestError naming the field at fault, that the id is in use, or that the model does not generate.
         """
+        check_task(self._info, "generate")
         params = params or SamplingParams()
         request_id = request_id if request_id is not None else f"request-{next(self._numbers)}"
         arrival_time = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 
 import msgspec
 
@@ -30,6 +30,12 @@ class TokensPrompt(TypedDict):
 
 Prompt: TypeAlias = str | Sequence[int] | TextPrompt | TokensPrompt | Mapping[str, Any]
 """What may be completed; a mapping has the one key of TextPrompt or TokensPrompt."""
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one or many; a list of integers is one."""
+    is_one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast("Prompt", prompts)] if is_one else list(cast("Sequence[Prompt]", prompts))
 
 
 def prompt_text(prompt: Prompt) -> str | None:
@@ -94,24 +100,9 @@ class InputProcessor:
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt in any form. Raises RequestError if it is none, or has none or unknown ones."""
-        value = _unwrap(prompt)
-        if isinstance(value, str):
-            token_ids = self._tokenizer.encode(value)
-        elif isinstance(value, (list, tuple)):
-            token_ids = _integers(value)
-        else:
-            raise RequestError(
-                f"a prompt is a string, a list of token ids, or a dict with one of them, not {type(value).__name__}",
-                param="prompt",
-            )
-        if not token_ids:
-            raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < self._vocab_size:
-                raise RequestError(
-                    f"the prompt holds token id {token_id}, but the model's ids go from 0 to {self._vocab_size - 1}",
-                    param="prompt",
-                )
+        value = read_prompt(prompt)
+        token_ids = self._tokenizer.encode(value) if isinstance(value, str) else value
+        check_token_ids(token_ids, self._vocab_size)
         return token_ids
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -148,6 +139,31 @@ class InputProcessor:
             )
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         return params if max_tokens == params.max_tokens else msgspec.structs.replace(params, max_tokens=max_tokens)
+
+
+def read_prompt(prompt: Prompt) -> str | list[int]:
+    """The text of a prompt in any form, or its token ids. Raises RequestError if it is neither."""
+    value = _unwrap(prompt)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return _integers(value)
+    raise RequestError(
+        f"a prompt is a string, a list of token ids, or a dict with one of them, not {type(value).__name__}",
+        param="prompt",
+    )
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise RequestError if a prompt has no tokens, or unknown ones."""
+    if not token_ids:
+        raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"the prompt holds token id {token_id}, but the model's ids go from 0 to {vocab_size - 1}",
+                param="prompt",
+            )
 
 
 def _unwrap(prompt: Prompt) -> object:

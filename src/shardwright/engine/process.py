@@ -20,10 +20,13 @@ from shardwright.engine.messages import (
     Event,
     Failed,
     Outputs,
+    Pool,
     Ready,
     ResetPrefixCache,
     Shutdown,
 )
+from shardwright.engine.pooling_core import PoolingCore
+from shardwright.engine.start import Core, start_core
 from shardwright.errors import ShardwrightError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ def run_core_process(config: EngineConfig, command_address: str, event_address: 
     events.connect(event_address)
     channel = _Channel(commands, events)
     try:
-        core = EngineCore.from_config(config)
+        core = start_core(config)
         channel.send(Ready(core.info))
         _serve(core, channel)
     except BaseException as exc:
@@ -84,7 +87,7 @@ class _Channel:
         return self._decoder.decode(self._commands.recv())
 
 
-def _serve(core: EngineCore, channel: _Channel) -> None:
+def _serve(core: Core, channel: _Channel) -> None:
     parent = multiprocessing.parent_process()
     while True:
         while (command := channel.receive(timeout_ms=0 if core.has_work else IDLE_POLL_MS)) is not None:
@@ -97,9 +100,14 @@ def _serve(core: EngineCore, channel: _Channel) -> None:
             channel.send(Outputs(core.step()))
 
 
-def _carry_out(core: EngineCore, channel: _Channel, command: Command) -> None:
+def _carry_out(core: Core, channel: _Channel, command: Command) -> None:
     if isinstance(command, Add):
+        assert isinstance(core, EngineCore)
         core.add(command.request)
+    elif isinstance(command, Pool):
+        assert isinstance(core, PoolingCore)
+        for request in command.requests:
+            core.add(request)
     elif isinstance(command, Abort):
         for request_id in command.request_ids:
             core.abort(request_id)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardwright.errors import ModelSourceError, RequestError
 from shardwright.models.resolve import resolve_directory
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Tokens of a text or of a pair."""
+
+    token_ids: list[int]
+    token_type_ids: list[int] | None
+    """Which text each token belongs to; None if the model does not ask, or all belong to the first."""
 
 
 class Tokenizer:
@@ -31,16 +41,28 @@ class Tokenizer:
 
         Raises: RequestError if the text is not valid Unicode.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            raise RequestError(
-                f"the text has {text[exc.start]!r} at character {exc.start}, half of a surrogate pair, which is no "
-                "Unicode text: send valid UTF-8",
-                param="prompt",
-            ) from exc
+        check_unicode(text)
         token_ids: list[int] = self._hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return token_ids
+
+    def encode_whole(self, text: str, other: str | None = None, *, max_length: int | None = None) -> Encoding:
+        """A text, or a pair of them, as a model reads it that was trained on whole texts.
+
+        Args:
+            text: first or only one.
+            other: second one.
+            max_length: cut what is longer, tokens around the sequence kept.
+
+        Raises: RequestError if a text is not valid Unicode, or `max_length` leaves nothing of it.
+        """
+        for one in (text, *([] if other is None else [other])):
+            check_unicode(one)
+        try:
+            encoded = self._hf(text, other, truncation=max_length is not None, max_length=max_length, verbose=False)
+        except Exception as exc:  # of either kind of tokenizer
+            raise RequestError(f"the text cannot be cut to {max_length} tokens: {exc}", param="prompt") from exc
+        types = encoded.get("token_type_ids")
+        return Encoding(encoded["input_ids"], types if types and any(types) else None)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character become U+FFFD. Spaces are left as the tokens have them."""
@@ -99,6 +121,18 @@ class Tokenizer:
             raise RequestError(f"the chat template does not take these messages: {reason}", param="messages") from exc
         # The template has written the special tokens, so the tokenizer must not add its own.
         return self.encode(text, add_special_tokens=False)
+
+
+def check_unicode(text: str) -> None:
+    """Raise RequestError if a text holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise RequestError(
+            f"the text has {text[exc.start]!r} at character {exc.start}, half of a surrogate pair, which is no "
+            "Unicode text: send valid UTF-8",
+            param="prompt",
+        ) from exc
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool, revision: str | None = None) -> Tokenizer:

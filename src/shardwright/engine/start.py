@@ -1,0 +1,27 @@
+"""The engine core that a model needs: what the model is for decides."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from shardwright.config import EngineConfig
+from shardwright.engine.core import EngineCore
+from shardwright.engine.pooling_core import PoolingCore
+
+Core: TypeAlias = EngineCore | PoolingCore
+
+
+def start_core(config: EngineConfig) -> Core:
+    """A core with its worker in this process. Raises a UsageError for models and options that do not work."""
+    from shardwright.models.build import load_config
+    from shardwright.models.resolve import resolve_model
+    from shardwright.models.task import resolve_task
+
+    path = resolve_model(config.model.model, revision=config.model.revision)
+    model_config = load_config(path, trust_remote_code=config.model.trust_remote_code)
+    task = resolve_task(config.model.task, model_config, path)
+    if task == "generate":
+        return EngineCore.from_config(config)
+    from shardwright.pooling.worker import PoolingWorker
+
+    return PoolingCore(PoolingWorker(config, path, model_config, classifies=task == "classify"))

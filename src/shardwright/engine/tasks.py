@@ -1,0 +1,27 @@
+"""Ask a model only for what it is served for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shardwright.engine.messages import EngineInfo
+from shardwright.errors import RequestError
+
+_DOES = {"generate": "generates text", "embed": "embeds texts", "classify": "classifies texts"}
+
+_CALLS = {
+    "generate": "LLM.generate and LLM.chat, or /v1/completions and /v1/chat/completions of a server",
+    "embed": "LLM.embed, or /v1/embeddings of a server",
+    "classify": "LLM.classify and LLM.score, or /classify of a server",
+}
+
+
+def check_task(info: EngineInfo, task: Literal["generate", "embed", "classify"]) -> None:
+    """Raise RequestError if the model is served for something else."""
+    if info.task == task:
+        return
+    restart = " (or start it with --task embed)" if (info.task, task) == ("generate", "embed") else ""
+    raise RequestError(
+        f"{info.model} ({info.architecture}) {_DOES[info.task]}, it does not {task}: ask {_CALLS[info.task]}{restart}",
+        param="model",
+    )

@@ -1,0 +1,56 @@
+"""The module that reads texts, with its weights: the body of a model without its head, or a classifier."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from shardwright.config import ModelConfig
+from shardwright.errors import ModelSourceError
+from shardwright.loading.load import load_dummy_weights, load_weights
+from shardwright.models.build import construct
+
+
+def build_reader(
+    options: ModelConfig, config: PretrainedConfig, path: Path, dtype: torch.dtype, *, classifies: bool
+) -> PreTrainedModel:
+    """A module in eval mode, on the CPU.
+
+    Args:
+        options: of the user.
+        config: of the model; becomes the module's own.
+        path: the model's directory.
+        dtype: of the weights.
+        classifies: whether a classifier is wanted rather than hidden states.
+
+    Raises: ModelSourceError if there is no such module for the config; what building and loading raise.
+    """
+    auto_class: Any = AutoModel
+    if classifies:
+        auto_class = AutoModelForSequenceClassification
+    elif config.is_encoder_decoder:
+        auto_class = AutoModelForTextEncoding  # the encoder alone
+    if not (type(config) in auto_class._model_mapping or auto_class.__name__ in getattr(config, "auto_map", {})):
+        what = "classifier of texts" if classifies else "encoder of texts"
+        raise ModelSourceError(
+            f"model type {config.model_type!r} has no {what} in the installed Transformers, nor in code of its own"
+        )
+    config.use_cache = False
+    module = construct(auto_class, config, dtype, trust_remote_code=options.trust_remote_code)
+    if not classifies and "add_pooling_layer" in inspect.signature(type(module).__init__).parameters:
+        module.register_module("pooler", None)  # a head for pre-training, which many checkpoints lack
+    if options.load_format == "dummy":
+        load_dummy_weights(module)
+    else:
+        load_weights(module, path, dtype, is_part=not classifies, load_format=options.load_format)
+    return module.requires_grad_(False)
