@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,26 @@ def test_refusals_of_the_hub(fake_hub: type, status: int, error_code: str, messa
     with pytest.raises(ModelSourceError, match=message) as caught:
         resolve_model("org/name", revision="v9")
     assert "\n" not in str(caught.value)
+
+
+def test_old_weights_are_fetched_where_there_are_no_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(repo_id: str, *, allow_patterns: list[str], **options: object) -> str:
+        offered = {"org/old": "pytorch_model.bin", "org/new": "model.safetensors"}[repo_id]
+        directory = tmp_path / repo_id
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(fnmatch(offered, pattern) for pattern in allow_patterns):
+            (directory / offered).touch()
+        fetched.append(repo_id)
+        return str(directory)
+
+    fetched: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert (hub.snapshot("org/old") / "pytorch_model.bin").exists()
+    assert (hub.snapshot("org/new") / "model.safetensors").exists()
+    hub.snapshot("org/old", weights=False)
+    assert fetched == ["org/old", "org/old", "org/new", "org/old"]
 
 
 def test_full_disk_names_the_cache(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from shardwright.errors import ModelSourceError
 
 WEIGHT_PATTERNS = ("*.safetensors",)
+OLD_WEIGHT_PATTERNS = ("pytorch_model*.bin",)
+"""Fetched from repositories that have no safetensors."""
 OTHER_PATTERNS = ("*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Config, generation config, index of shards, modeling files, chat templates and every known form of tokenizer."""
 
@@ -58,12 +60,18 @@ def snapshot(repo_id: str, *, revision: str | None = None, weights: bool = True,
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [*OTHER_PATTERNS, *(WEIGHT_PATTERNS if weights else ())]
-    try:
-        path = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_dir=local_dir)
-    except Exception as exc:
-        raise _translate(exc, repo_id, revision) from exc
-    return Path(path)
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(
+                snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_dir=local_dir)
+            )
+        except Exception as exc:
+            raise _translate(exc, repo_id, revision) from exc
+
+    if not weights:
+        return fetch(*OTHER_PATTERNS)
+    path = fetch(*OTHER_PATTERNS, *WEIGHT_PATTERNS)
+    return path if any(path.rglob("*.safetensors")) else fetch(*OTHER_PATTERNS, *OLD_WEIGHT_PATTERNS)
 
 
 def _translate(exc: Exception, repo_id: str, revision: str | None) -> ModelSourceError:
