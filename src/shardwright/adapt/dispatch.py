@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 SERVE = "shardwright"
 PROBE = "shardwright_probe"
@@ -56,6 +58,26 @@ def handling(handler: AttentionHandler) -> Iterator[None]:
         yield
     finally:
         _handlers.pop()
+
+
+@contextmanager
+def blank_masks() -> Iterator[None]:
+    """While open, masks that Transformers makes for "eager" attention let everything through, and take no memory.
+
+    For code that adds a mask to scores which nobody computes. The true mask would look at positions, see several
+    sequences in them, and be built in another way than for one.
+    """
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = _blank_mask
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+
+def _blank_mask(
+    *, batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, device: torch.device, **_: Any
+) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(batch_size, 1, q_length, kv_length)
 
 
 def _attention(

@@ -42,6 +42,8 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
 
     Raises: UnsupportedModelError, with what does not fit.
     """
+    if not trace.is_sdpa and trace.scores is None:
+        raise UnsupportedModelError(f"{name}: its scores go through no softmax")
     if trace.value is None:
         raise UnsupportedModelError(f"{name}: its attention weights never meet values")
     query, key, value = trace.query.float(), trace.key.float(), trace.value.float()
@@ -85,8 +87,7 @@ def _sdpa_visibility(trace: AttentionTrace, name: str) -> Visibility:
 
 
 def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor, name: str) -> tuple[Visibility, float, float | None]:
-    if trace.scores is None or trace.weights is None:
-        raise UnsupportedModelError(f"{name}: its scores go through no softmax")
+    assert trace.scores is not None
     seen = trace.scores > HIDDEN
     visibility = _visibility(seen, name)
     products = (query @ key.transpose(1, 2))[seen]

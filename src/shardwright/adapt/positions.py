@@ -25,7 +25,7 @@ class CountingDetector(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.arange and _counts(self._length, args, kwargs):
+        if func is torch.arange and counts_tokens(args, kwargs, self._length):
             self.found = True
         return func(*args, **kwargs)
 
@@ -40,7 +40,7 @@ def feed_positions(position_ids: Tensor) -> Iterator[None]:
     arange = torch.arange
 
     def arange_or_positions(*args: Any, **kwargs: Any) -> Tensor:
-        if _counts(len(position_ids), args, kwargs):
+        if counts_tokens(args, kwargs, len(position_ids)):
             return position_ids.to(dtype=kwargs.get("dtype") or position_ids.dtype, copy=True)
         return arange(*args, **kwargs)
 
@@ -51,6 +51,7 @@ def feed_positions(position_ids: Tensor) -> Iterator[None]:
         torch.arange = arange
 
 
-def _counts(length: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def counts_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> bool:
+    """Whether a call of torch.arange with these arguments counts `length` tokens from 0."""
     bounds = args if args else (kwargs.get("start", 0), kwargs.get("end"))
-    return bounds in ((length,), (0, length))
+    return kwargs.get("step", 1) == 1 and bounds in ((length,), (0, length), (0, length, 1))

@@ -26,18 +26,29 @@ class Product:
     """[N, rows, columns] to the shape and order that the call returns."""
 
 
-def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
-    """The product that a call computes, if it is one of two batches of matrices and no parameter takes part."""
+def as_product(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_weight: Callable[[Tensor], bool]
+) -> Product | None:
+    """The product that a call computes, if it is one of two batches of matrices and no weight takes part.
+
+    Args:
+        func, args, kwargs: the call.
+        is_weight: whether a tensor is a parameter, or a part of one.
+    """
     if func in _MATMULS:
         operands = (*args, *kwargs.values())
     elif func in _ADDED:
         operands = (*args, *kwargs.values())[1:]
-    elif func is torch.einsum:
-        return _einsum_product(*args) if len(args) == 3 and isinstance(args[0], str) else None
+    elif func is torch.einsum and isinstance(args[0], str):
+        operands = (*args[1], *args[2:]) if isinstance(args[1], (tuple, list)) else args[1:]
     else:
         return None
+    if len(operands) < 2 or any(is_weight(operand) for operand in operands[:2]):
+        return None
     left, right = operands[:2]
-    if left.ndim < 3 or right.ndim < 3 or _is_parameter(left, right):
+    if func is torch.einsum:
+        return _einsum_product(args[0], left, right) if len(operands) == 2 else None
+    if left.ndim < 3 or right.ndim < 3:
         return None
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     return Product(
@@ -48,10 +59,13 @@ def as_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prod
 
 
 def _einsum_product(equation: str, left: Tensor, right: Tensor) -> Product | None:
-    """The product in an einsum such as `bqhd,bkhd->bhqk`; None if it is something else."""
+    """The product in an einsum such as `bqhd,bkhd->bhqk`; None if it is something else.
+
+    Rows are the dimension that comes first in the result, whichever operand has it.
+    """
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if not arrow or len(terms) != 2 or "." in equation or _is_parameter(left, right):
+    if not arrow or len(terms) != 2 or "." in equation:
         return None
     first, second = terms
     inner = [c for c in first if c in second and c not in out]
@@ -59,6 +73,8 @@ def _einsum_product(equation: str, left: Tensor, right: Tensor) -> Product | Non
     rows, columns = [c for c in first if c not in second], [c for c in second if c not in first]
     if len(inner) != 1 or len(rows) != 1 or len(columns) != 1 or sorted(out) != sorted(batch + rows + columns):
         return None
+    if out.index(rows[0]) > out.index(columns[0]):
+        return _einsum_product(f"{second},{first}->{out}", right, left)
     sizes = dict(zip(first, left.shape, strict=True)) | dict(zip(second, right.shape, strict=True))
     shape = [sizes[c] for c in batch]
 
@@ -71,7 +87,3 @@ def _einsum_product(equation: str, left: Tensor, right: Tensor) -> Product | Non
         return result.reshape(*shape, *result.shape[-2:]).permute([labels.index(c) for c in out])
 
     return Product(arranged(left, first, rows + inner), arranged(right, second, inner + columns), restore)
-
-
-def _is_parameter(*tensors: Tensor) -> bool:
-    return any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)

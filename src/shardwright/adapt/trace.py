@@ -3,9 +3,8 @@
 One pass of a known number of tokens runs as its author wrote it. On the way, every call of scaled_dot_product_attention
 is noted, and every product of two batches of activations that makes a [tokens, tokens] matrix is followed: through
 whatever is done to it, into a softmax, and into the product with the values. Nothing is matched by name, so it does not
-matter how scale, mask or cast are spelled. What the numbers mean is worked out in adapt/fit.py.
-
-Functions are told apart later by their place in the order of calls, which is the same for any number of tokens.
+matter how scale, mask or cast are spelled. What the numbers mean is worked out in adapt/fit.py; what becomes of counts
+of tokens in adapt/counting.py.
 """
 
 from __future__ import annotations
@@ -19,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from shardwright.adapt.products import Product, as_product
+from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
+from shardwright.adapt.counting import Count, CountFollower, Use
+from shardwright.adapt.positions import counts_tokens
+from shardwright.adapt.products import Product
 from shardwright.errors import UnsupportedModelError
 
 _SOFTMAXES = {torch.softmax, torch.Tensor.softmax, F.softmax}
@@ -54,30 +56,14 @@ class ForwardTrace:
 
     attentions: list[AttentionTrace] = field(default_factory=list)
     num_products: int = 0
-    counting_aranges: set[int] = field(default_factory=set)
-    """Places, among calls of torch.arange, of those that count the tokens."""
-    counting_slices: set[int] = field(default_factory=set)
-    """Places, among slicings of buffers and parameters, of those that take as many rows as there are tokens."""
-    output: Tensor | None = None
-    """[T, vocab] logits."""
-
-
-class CallCounter:
-    """Numbers the calls that matter, the same way while tracing and while serving."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._tables = {id(t) for t in (*model.buffers(), *model.parameters())}
-        self.num_products = self.num_sdpa = self.num_aranges = self.num_slices = 0
-
-    def restart(self) -> None:
-        self.num_products = self.num_sdpa = self.num_aranges = self.num_slices = 0
-
-    def is_table_slice(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Whether a call takes leading rows of a buffer or parameter: `table[:n]`, with whatever else behind."""
-        if func is not torch.Tensor.__getitem__ or id(args[0]) not in self._tables:
-            return False
-        index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        return isinstance(index, slice) and index.start in (None, 0) and isinstance(index.stop, int)
+    counts: dict[Count, Use] = field(default_factory=dict)
+    """Calls that count the tokens."""
+    num_rows: int | None = None
+    """Fewest rows of the tables that counts are slices of."""
+    last_place: int | None = None
+    """Of the last call that takes the last token, among such calls."""
+    gives_last_alone: bool = False
+    """It gives logits of no other."""
 
 
 class TracingMode(TorchFunctionMode):
@@ -90,29 +76,48 @@ class TracingMode(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, num_tokens: int) -> None:
         super().__init__()
-        self.trace = ForwardTrace()
+        self._follower = CountFollower(num_tokens)
+        self.trace = ForwardTrace(counts=self._follower.uses)
         self._counter = CallCounter(model)
         self._num_tokens = num_tokens
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        counter, length = self._counter, self._num_tokens
+        counter = self._counter
+        if func in OPENED:
+            with self:
+                return OPENED[func](*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._note_sdpa(*args, **kwargs)
-        elif func is torch.arange:
-            if counts_tokens(args, kwargs, length):
-                self.trace.counting_aranges.add(counter.num_aranges)
-            counter.num_aranges += 1
-        elif counter.is_table_slice(func, args):
-            index = args[1][0] if isinstance(args[1], tuple) else args[1]
-            if index.stop == length and args[0].shape[0] >= length:
-                self.trace.counting_slices.add(counter.num_slices)
-            counter.num_slices += 1
-        elif (product := as_product(func, args, kwargs)) is not None:
-            place, counter.num_products = counter.num_products, counter.num_products + 1
-            self.trace.num_products = counter.num_products
-            return self._trace_product(func, args, kwargs, product, place)
-        return func(*args, **kwargs)
+        elif (product := counter.product(func, args, kwargs)) is not None:
+            return self._trace_product(func, args, kwargs, product)
+        elif takes_last_token(func, args):
+            self.trace.last_place, counter.num_lasts = counter.num_lasts, counter.num_lasts + 1
+        result = func(*args, **kwargs)
+        self._follower.observe(func, args, kwargs, result)
+        if (count := self._count(func, args, kwargs)) is not None:
+            self._follower.begin(count, result)
+        return result
+
+    def finish(self, num_logits: int) -> None:
+        """Note how many tokens got logits. Raises UnsupportedModelError if it is not known how to get them for all."""
+        self.trace.gives_last_alone = num_logits == 1 and self._num_tokens > 1
+        if self.trace.gives_last_alone and self.trace.last_place is None:
+            raise UnsupportedModelError("its forward gives logits of one token alone, in a way that is not understood")
+
+    def _count(self, func: Any, args: Any, kwargs: Any) -> Count | None:
+        """The count of tokens that a call makes, if it does."""
+        counter, length = self._counter, self._num_tokens
+        if func is torch.arange:
+            place, counter.num_aranges = counter.num_aranges, counter.num_aranges + 1
+            return Count(False, place) if counts_tokens(args, kwargs, length) else None
+        if (part := counter.table_slice(func, args)) is not None:
+            place, counter.num_slices = counter.num_slices, counter.num_slices + 1
+            num_rows = args[0].shape[part.dim]
+            if part.stop == length and num_rows >= length:
+                self.trace.num_rows = min(num_rows, self.trace.num_rows or num_rows)
+                return Count(True, place)
+        return None
 
     def _note_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
         options = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
@@ -130,12 +135,14 @@ class TracingMode(TorchFunctionMode):
         )
         self._counter.num_sdpa += 1
 
-    def _trace_product(self, func: Any, args: Any, kwargs: Any, product: Product, place: int) -> Any:
+    def _trace_product(self, func: Any, args: Any, kwargs: Any, product: Product) -> Any:
+        place, self._counter.num_products = self._counter.num_products, self._counter.num_products + 1
+        self.trace.num_products = self._counter.num_products
         followed = _followed((*args, *kwargs.values()))
         result = func(*args, **kwargs)
         if followed is not None:  # the weights meet the values
-            if followed.weights is not None and followed.value is None:
-                followed.value, followed.value_place = _plain(product.right), place
+            if followed.weights is not None and followed.value is None and isinstance(product.left, Followed):
+                followed.value, followed.value_place = _plain(product.right).detach(), place
             return _plain(result)
         shape = (product.left.shape[1], product.right.shape[2])
         if shape != (self._num_tokens, self._num_tokens):
@@ -171,12 +178,6 @@ class Followed(Tensor):
             attention.scores = scores.detach().clone().reshape(-1, length, length)
             attention.weights = _plain(result).detach().reshape(-1, length, length)
         return _follow(result, attention)
-
-
-def counts_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> bool:
-    """Whether a call of torch.arange with these arguments counts `length` tokens from 0."""
-    bounds = args if args else (kwargs.get("start", 0), kwargs.get("end"))
-    return bounds in ((length,), (0, length))
 
 
 def _followed(values: tuple[Any, ...]) -> AttentionTrace | None:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.generation.utils import GenerationMixin
 
-from shardwright.adapt.logits import logits_of
+from shardwright.adapt.logits import own_logits
 from shardwright.adapt.probe import accepts, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.cache.spec import CacheGroup, LayerSpec, Visibility
@@ -62,8 +62,8 @@ class RecomputingModel:
         for i, wanted in enumerate(wanted_places(step)):
             if len(wanted):
                 end = int(step.num_computed[i] + step.num_tokens[i])
-                logits = self._logits(self._tokens(step, i, 0, end))
-                rows.append(logits[torch.from_numpy(wanted + step.num_computed[i]).to(self._device)])
+                places = (wanted + step.num_computed[i]).tolist()
+                rows.append(own_logits(self._module, self._tokens(step, i, 0, end), places))
         return torch.cat(rows) if rows else torch.empty(0, 0, device=self._device)
 
     def release(self, rows: list[int]) -> None:
@@ -71,12 +71,6 @@ class RecomputingModel:
 
     def scrub(self, blocks: list[Ints]) -> None:
         """Nothing to do: nothing is kept."""
-
-    def _logits(self, input_ids: Tensor) -> Tensor:
-        """[1, T] token ids to [T, vocab] logits."""
-        options: dict[str, Any] = {"use_cache": False} if isinstance(self._module, PreTrainedModel) else {}
-        output = self._module(input_ids, **options)
-        return logits_of(output)[0]
 
     def _tokens(self, step: StepTables, i: int, start: int, end: int) -> Tensor:
         tokens = step.token_rows[step.rows[i], start:end].astype(np.int64)

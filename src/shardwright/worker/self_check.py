@@ -9,14 +9,12 @@ the plain pass computes, shows here instead of in a user's text.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from shardwright.adapt.logits import logits_of
+from shardwright.adapt.logits import own_logits
 from shardwright.errors import UnsupportedModelError
 from shardwright.worker.step import Ints, StepModel, StepTables
 
@@ -37,13 +35,20 @@ def plain_logits(module: nn.Module, *, vocab_size: int) -> Tensor:
 
     Raises: UnsupportedModelError if it fails.
     """
-    options: dict[str, Any] = {"use_cache": False} if isinstance(module, PreTrainedModel) else {}
     device = next(module.parameters()).device
+    sequences = [torch.from_numpy(tokens)[None].to(device) for tokens in _sequences(vocab_size)]
     try:
-        outputs = [module(torch.from_numpy(tokens)[None].to(device), **options) for tokens in _sequences(vocab_size)]
-        return torch.cat([logits_of(output)[0].float() for output in outputs])
+        logits = torch.cat([own_logits(module, tokens).float() for tokens in sequences])
+    except UnsupportedModelError:
+        raise
     except Exception as exc:
         raise UnsupportedModelError(f"its forward pass fails: {type(exc).__name__}: {exc}") from exc
+    if logits.shape[1] < vocab_size:
+        raise UnsupportedModelError(
+            f"its forward returns {logits.shape[1]:,} numbers for a token, but its config has a vocabulary of "
+            f"{vocab_size:,}: are these the logits?"
+        )
+    return logits
 
 
 @torch.inference_mode()

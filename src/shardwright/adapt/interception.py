@@ -1,0 +1,167 @@
+"""Answer the calls of a module's forward pass that a trace knows.
+
+scaled_dot_product_attention is answered by paged attention; a product that makes scores by a stand-in that computes
+nothing, whatever the code does to it (scale, mask, softmax, cast); the product of its weights with the values by paged
+attention; counts of tokens, and the rows of position tables that go with them, by the true positions; and the last
+token, where the code takes no other to its head, by the tokens whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
+from shardwright.adapt.counting import Count, TableSlice, Use
+from shardwright.adapt.fit import FittedAttention
+from shardwright.adapt.positions import counts_tokens
+from shardwright.adapt.served_model import ForwardInputs
+from shardwright.adapt.trace import ForwardTrace
+from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.layout import AttentionBackend
+from shardwright.errors import UnsupportedModelError
+
+
+class ServingMode(TorchFunctionMode):
+    """Answers the known calls of one forward pass after another.
+
+    Args:
+        module: that runs.
+        trace: which calls matter.
+        attentions: what they mean.
+        num_positions: longest sequence that is served.
+    """
+
+    def __init__(
+        self, module: nn.Module, trace: ForwardTrace, attentions: list[FittedAttention], num_positions: int
+    ) -> None:
+        super().__init__()
+        self._trace = trace
+        self._attentions = attentions
+        self._num_positions = num_positions
+        self._counter = CallCounter(module)
+        self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
+        self._scores = {a.place: i for i, a in enumerate(trace.attentions) if not a.is_sdpa}
+        self._values = {a.value_place: i for i, a in enumerate(trace.attentions) if a.value_place is not None}
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._num_counted = 0
+
+    def begin(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> None:
+        """Get ready for a forward pass."""
+        self._inputs, self._cache, self._backend = inputs, cache, backend
+        self._counter.restart()
+        self._pending.clear()
+        self._num_counted = 0
+
+    def end(self) -> None:
+        """Make sure that the pass went as the traced one. Raises UnsupportedModelError if it did not."""
+        counter, trace = self._counter, self._trace
+        if (counter.num_products, counter.num_sdpa) != (trace.num_products, len(self._sdpa)) or (
+            self._num_counted != len(trace.counts)
+        ):
+            raise UnsupportedModelError("its code took another path than when it was traced")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        counter = self._counter
+        if func in OPENED:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._answer_sdpa(*args, **kwargs)
+        if func is torch.arange:
+            place, counter.num_aranges = counter.num_aranges, counter.num_aranges + 1
+            if (use := self._trace.counts.get(Count(False, place))) is not None:
+                return self._answer_arange(use, args, kwargs)
+        elif (part := counter.table_slice(func, args)) is not None:
+            place, counter.num_slices = counter.num_slices, counter.num_slices + 1
+            if (use := self._trace.counts.get(Count(True, place))) is not None:
+                return self._answer_slice(use, args[0], part)
+        elif (product := counter.product(func, args, kwargs)) is not None:
+            place, counter.num_products = counter.num_products, counter.num_products + 1
+            if place in self._scores:
+                self._pending[self._scores[place]] = (product.left, product.right.transpose(1, 2))
+                shape = (product.left.shape[0], product.left.shape[1], product.right.shape[2])
+                return StandIn.like(product.restore(product.left.new_empty(shape, device="meta")))
+            if place in self._values:
+                index = self._values[place]
+                query, key = self._pending.pop(index)
+                return product.restore(self._attend(index, query, key, product.right))
+        elif takes_last_token(func, args):
+            place, counter.num_lasts = counter.num_lasts, counter.num_lasts + 1
+            if self._trace.gives_last_alone and place == self._trace.last_place:
+                wanted = args[0].index_select(1, self._inputs.logits_rows)
+                return wanted[0] if args[1][1] == -1 else wanted
+        return func(*args, **kwargs)
+
+    def _answer_arange(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        positions = self._inputs.position_ids
+        self._note_count(counts_tokens(args, kwargs, len(positions)))
+        if use is Use.PLACES:
+            return torch.arange(*args, **kwargs)
+        if use is Use.WHOLE:
+            positions = torch.arange(self._num_positions, device=positions.device)
+        return positions.to(dtype=kwargs.get("dtype") or positions.dtype, copy=True)
+
+    def _answer_slice(self, use: Use, table: Tensor, part: TableSlice) -> Tensor:
+        positions = self._inputs.position_ids
+        self._note_count(part.stop == len(positions))
+        if use is Use.PLACES:
+            return table[part.index]
+        rows = table if use is Use.WHOLE else table.index_select(part.dim, positions)
+        return rows[part.without_stop()]
+
+    def _note_count(self, is_as_traced: bool) -> None:
+        self._num_counted += is_as_traced
+
+    def _answer_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        index, self._counter.num_sdpa = self._sdpa.get(self._counter.num_sdpa), self._counter.num_sdpa + 1
+        if index is None:
+            raise UnsupportedModelError("its code attends more often than when it was traced")
+        output = self._attend(index, *(tensor.flatten(0, -3) for tensor in (query, key, value)))
+        return output.view(*query.shape[:-1], -1)
+
+    def _attend(self, index: int, query_HTD: Tensor, key_HTD: Tensor, value_HTV: Tensor) -> Tensor:
+        """Paged attention of one call; returns [H, T, V]."""
+        attention, group = self._attentions[index], self._cache.group_of_layer[index]
+        key_TKD = key_HTD[:: attention.repeats].transpose(0, 1)
+        value_TKV = value_HTV[:: attention.repeats].transpose(0, 1)
+        layer = self._cache.layers[index]
+        layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
+        output = self._backend.forward(
+            query_HTD.transpose(0, 1), key_TKD, value_TKV, layer, self._inputs.plans[group], attention.params
+        )
+        return output.transpose(0, 1)
+
+
+class StandIn(Tensor):
+    """In place of scores and weights that nobody computes: it has their shape and type, and no memory."""
+
+    @classmethod
+    def like(cls, meta: Tensor) -> StandIn:
+        """A stand-in with the shape and dtype of a tensor on "meta"."""
+        return meta.as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:  # wherever it is sent, there is nothing to send
+            args = (args[0], *(a.dtype if isinstance(a, Tensor) else a for a in args[1:] if not _is_device(a)))
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+            if len(args) == 1 and not kwargs:
+                return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*(_on_meta(a) for a in args), **{name: _on_meta(a) for name, a in kwargs.items()})
+        return cls.like(result) if isinstance(result, Tensor) else result
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, (torch.device, str))
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value
