@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -66,6 +68,13 @@ def run_core_process(config: EngineConfig, command_address: str, event_address: 
         sys.exit(1)
     finally:
         context.destroy(linger=2000)
+        if _is_orphan():  # nobody else is left to remove the sockets
+            shutil.rmtree(Path(command_address.removeprefix("ipc://")).parent, ignore_errors=True)
+
+
+def _is_orphan() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 class _Channel:
@@ -88,13 +97,12 @@ class _Channel:
 
 
 def _serve(core: Core, channel: _Channel) -> None:
-    parent = multiprocessing.parent_process()
     while True:
         while (command := channel.receive(timeout_ms=0 if core.has_work else IDLE_POLL_MS)) is not None:
             if isinstance(command, Shutdown):
                 return
             _carry_out(core, channel, command)
-        if parent is not None and not parent.is_alive():
+        if _is_orphan():
             return
         if core.has_work:
             channel.send(Outputs(core.step()))
