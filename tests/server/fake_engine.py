@@ -1,4 +1,4 @@
-"""A small engine that says the alphabet: what the server's handlers need of an engine, without a model.
+"""A small engine that says the alphabet, or embeds: what the server's handlers need of an engine, without a model.
 
 Tokens are ASCII characters, ids their codes. Completion `i` of a prompt goes on from its last character: after "abc" it
 says "def…" if `i` is 0, "efg…" if `i` is 1, one token per step, until max_tokens or a stop token.
@@ -13,8 +13,17 @@ from typing import Any, Literal
 import msgspec
 
 from shardwright.engine.messages import EngineInfo, SchedulerStats
+from shardwright.engine.tasks import check_task
 from shardwright.errors import EngineDeadError, PromptTooLongError, RequestError
-from shardwright.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from shardwright.outputs import (
+    ClassificationOutput,
+    CompletionOutput,
+    EmbeddingOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+)
 from shardwright.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 64
@@ -75,8 +84,8 @@ def alternatives(token_id: int, count: int) -> dict[int, Logprob]:
 class AlphabetEngine:
     """Generates letters, one step each time the event loop comes round, or each time `steps` is released."""
 
-    def __init__(self, *, has_chat_template: bool = True) -> None:
-        self.info = INFO
+    def __init__(self, *, has_chat_template: bool = True, task: str = "generate") -> None:
+        self.info = msgspec.structs.replace(INFO, task=task)
         self.tokenizer = AsciiTokenizer(has_chat_template=has_chat_template)
         self.stats = SchedulerStats(num_blocks=INFO.num_blocks, num_free_blocks=INFO.num_blocks)
         self.is_alive = True
@@ -115,6 +124,41 @@ class AlphabetEngine:
             raise
         finally:
             self.running.discard(request_id)
+
+    async def embed(
+        self,
+        prompts: Sequence[str | list[int]],
+        *,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingOutput]:
+        """A text's embedding has its length, its first and its last token."""
+        check_task(self.info, "embed")
+        outputs = []
+        for prompt in prompts:
+            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            token_ids = token_ids[:truncate_prompt_tokens]
+            self._check(token_ids)
+            numbers = [float(len(token_ids)), float(token_ids[0]), float(token_ids[-1])][:dimensions]
+            text = prompt if isinstance(prompt, str) else None
+            outputs.append(EmbeddingOutput(prompt=text, prompt_token_ids=token_ids, embedding=numbers))
+        return outputs
+
+    async def classify(
+        self, prompts: Sequence[str | list[int]], *, truncate_prompt_tokens: int | None = None
+    ) -> list[ClassificationOutput]:
+        """A text is "short" or "long"."""
+        check_task(self.info, "classify")
+        return [
+            ClassificationOutput(
+                prompt=None,
+                prompt_token_ids=list(range(len(prompt))),
+                logits=[0.0, 1.0] if len(prompt) > 3 else [1.0, 0.0],
+                probs=[0.25, 0.75] if len(prompt) > 3 else [0.75, 0.25],
+                label="long" if len(prompt) > 3 else "short",
+            )
+            for prompt in prompts
+        ]
 
     def _check(self, token_ids: list[int]) -> None:
         if not self.is_alive:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tests.server.fake_engine import AlphabetEngine
 
 from shardwright.server import ServerConfig, build_app
-from shardwright.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from shardwright.server.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 
 BODIES = {
     "/v1/completions": (CompletionBody, {"prompt": "a"}),
     "/v1/chat/completions": (ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
+    "/v1/embeddings": (EmbeddingBody, {"input": "a"}),
     "/tokenize": (TokenizeBody, {"prompt": "a"}),
     "/detokenize": (DetokenizeBody, {"tokens": [97]}),
 }
@@ -36,7 +37,8 @@ VALUES = LIKELY | st.recursive(
 
 
 async def post(path: str, body: dict[str, Any]) -> httpx.Response:
-    transport = httpx.ASGITransport(build_app(AlphabetEngine(), ServerConfig()))
+    engine = AlphabetEngine(task="embed" if path == "/v1/embeddings" else "generate")
+    transport = httpx.ASGITransport(build_app(engine, ServerConfig()))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         return await client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from shardwright.engine.messages import EngineInfo
 from shardwright.errors import RequestError
+
+ServedTask: TypeAlias = Literal["generate", "embed", "classify"]
 
 _DOES = {"generate": "generates text", "embed": "embeds texts", "classify": "classifies texts"}
 
@@ -16,7 +18,7 @@ _CALLS = {
 }
 
 
-def check_task(info: EngineInfo, task: Literal["generate", "embed", "classify"]) -> None:
+def check_task(info: EngineInfo, task: ServedTask) -> None:
     """Raise RequestError if the model is served for something else."""
     if info.task == task:
         return

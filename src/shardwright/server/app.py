@@ -18,6 +18,7 @@ from shardwright.server.lifecycle import Lifecycle
 from shardwright.server.metrics import Metrics
 from shardwright.server.models import models_router
 from shardwright.server.openapi import document_bodies
+from shardwright.server.pooling import pooling_router
 from shardwright.server.status import status_router
 from shardwright.server.tokenization import tokenization_router
 
@@ -44,7 +45,14 @@ def build_app(engine: ServedEngine, config: ServerConfig, *, lifecycle: Lifecycl
         version=release,
     )
     app = FastAPI(title="shardwright", version=release, description="An OpenAI-compatible server.", redoc_url=None)
-    for make_router in (completions_router, chat_router, models_router, tokenization_router, status_router):
+    for make_router in (
+        completions_router,
+        chat_router,
+        pooling_router,
+        models_router,
+        tokenization_router,
+        status_router,
+    ):
         app.include_router(make_router(context))
     document_bodies(app)
     add_error_handlers(app)

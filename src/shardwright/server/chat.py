@@ -46,7 +46,7 @@ def chat_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=json_body(ChatBody))
     async def create_chat_completion(request: Request) -> Response:
         body = await read_body(request, ChatBody, max_bytes=context.config.max_body_bytes)
-        context.check_model(body.model)
+        context.check_model(body.model, task="generate")
         params, prompt = chat_params(body), conversation_prompt(context, body.messages, body)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         outputs = run_prompts(

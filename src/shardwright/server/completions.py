@@ -33,7 +33,7 @@ def completions_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=json_body(CompletionBody))
     async def create_completion(request: Request) -> Response:
         body = await read_body(request, CompletionBody, max_bytes=context.config.max_body_bytes)
-        context.check_model(body.model)
+        context.check_model(body.model, task="generate")
         prompts, params = split_prompts(body.prompt), completion_params(body)
         request_id = f"cmpl-{uuid.uuid4().hex}"
         outputs = run_prompts(context, prompts, params, request_id=request_id, priority=body.priority or 0)
@@ -55,12 +55,12 @@ def completions_router(context: ServerContext) -> APIRouter:
     return router
 
 
-def split_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
-    """The prompts of a request, which may be one or many. Raises RequestError if there is none."""
+def split_prompts(prompt: str | list[str] | list[int] | list[list[int]], *, field: str = "prompt") -> list[Prompt]:
+    """The prompts in a field of a request, which may be one or many. Raises RequestError if there is none."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise RequestError("prompt is an empty list: give at least one prompt", param="prompt")
+        raise RequestError(f"{field} is an empty list: give at least one text", param=field)
     if isinstance(prompt[0], int):
         return [[token for token in prompt if isinstance(token, int)]]
     return [one for one in prompt if not isinstance(one, int)]

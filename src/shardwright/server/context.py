@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from time import time
 
+from shardwright.engine.tasks import ServedTask, check_task
 from shardwright.server.config import ServerConfig
 from shardwright.server.engine import ServedEngine
 from shardwright.server.errors import APIError
@@ -34,9 +35,13 @@ class ServerContext:
         """Whether messages can become a prompt."""
         return self.chat_template is not None or self.engine.tokenizer.has_chat_template
 
-    def check_model(self, name: str | None) -> None:
-        """Raise APIError 404 unless this is the served model; None stands for it."""
+    def check_model(self, name: str | None, *, task: ServedTask | None = None) -> None:
+        """Raise APIError 404 unless this is the served model, for which None stands, and RequestError unless it is
+        served for the task.
+        """
         if name is None or name == self.model_name:
+            if task is not None:
+                check_task(self.engine.info, task)
             return
         hint = "did you mean" if difflib.get_close_matches(name, [self.model_name]) else "this server has"
         raise APIError(

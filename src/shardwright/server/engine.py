@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, Protocol
 
 from shardwright.engine.messages import EngineInfo, SchedulerStats
-from shardwright.outputs import RequestOutput
+from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput
 from shardwright.sampling_params import SamplingParams
 
 Prompt = str | list[int]
@@ -61,3 +61,11 @@ class ServedEngine(Protocol):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Deltas of one request. Its errors are raised at the first step; closing the generator aborts it."""
         ...
+
+    async def embed(
+        self, prompts: list[Prompt], *, dimensions: int | None = None, truncate_prompt_tokens: int | None = None
+    ) -> list[EmbeddingOutput]: ...
+
+    async def classify(
+        self, prompts: list[Prompt], *, truncate_prompt_tokens: int | None = None
+    ) -> list[ClassificationOutput]: ...

@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from shardwright.errors import UsageError
-from shardwright.outputs import RequestOutput
+from shardwright.outputs import FinishReason, RequestOutput
 from shardwright.server.engine import ServedEngine
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
@@ -109,6 +109,13 @@ class RequestObservation:
         if output.finished:
             self.finished = True
             metrics.latency.observe(now - self._arrival_s)
+
+    def end_of_reading(self, num_tokens: int) -> None:
+        """The texts of a request that generates nothing have been read."""
+        self.finished = True
+        self._metrics.prompt_tokens.inc(num_tokens)
+        self._metrics.requests.labels(FinishReason.STOP).inc()
+        self._metrics.latency.observe(time.perf_counter() - self._arrival_s)
 
 
 class EngineState(Collector):

@@ -11,9 +11,23 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from shardwright.server.errors import ErrorBody
-from shardwright.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from shardwright.server.schemas import (
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+)
 
-BODIES: tuple[type[BaseModel], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+BODIES: tuple[type[BaseModel], ...] = (
+    CompletionBody,
+    ChatBody,
+    EmbeddingBody,
+    ClassifyBody,
+    TokenizeBody,
+    DetokenizeBody,
+)
 REF = "#/components/schemas/{}"
 
 

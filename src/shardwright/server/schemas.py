@@ -40,6 +40,11 @@ def only(*harmless: Any) -> AfterValidator:
 Unsupported = Annotated[Any, only(), Field(exclude=True)]
 Ignored = Annotated[Any, Field(exclude=True)]
 
+TextInput = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    expected("a string, a list of strings, a list of token ids or a list of lists of token ids"),
+]
+
 
 class StrictModel(BaseModel):
     """Every object in a request."""
@@ -93,10 +98,7 @@ class GenerationBody(StrictModel):
 class CompletionBody(GenerationBody):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[
-        str | list[str] | list[int] | list[list[int]],
-        expected("a string, a list of strings, a list of token ids or a list of lists of token ids"),
-    ]
+    prompt: TextInput
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -167,6 +169,26 @@ class ChatBody(GenerationBody, ConversationFields):
     reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
+
+
+class PoolingBody(StrictModel):
+    """What all take that read whole texts."""
+
+    model: str | None = None
+    input: TextInput
+    truncate_prompt_tokens: int | None = None
+    user: Ignored = None
+
+
+class ClassifyBody(PoolingBody):
+    """Body of `POST /classify`."""
+
+
+class EmbeddingBody(PoolingBody):
+    """Body of `POST /v1/embeddings`."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
 
 
 class TokenizeBody(ConversationFields):

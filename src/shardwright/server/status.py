@@ -32,6 +32,8 @@ class Status(msgspec.Struct, kw_only=True):
     device: str
     num_parameters: int
     max_model_len: int
+    task: str
+    """generate, embed or classify."""
     has_chat: bool
     needs_key: bool
     kv_cache_usage: float
@@ -86,6 +88,7 @@ def current_status(context: ServerContext) -> Status:
         device=info.device,
         num_parameters=info.num_parameters,
         max_model_len=info.max_model_len,
+        task=info.task,
         has_chat=context.has_chat,
         needs_key=context.config.required_key is not None,
         kv_cache_usage=stats.kv_cache_usage,
