@@ -16,10 +16,12 @@ CODE = Path(modeling_tale.__file__)
 
 
 def make_tale(kind: type[PreTrainedModel] = Tale, **config: object) -> PreTrainedModel:
-    """A random Tale, or a variation of it, in eval mode."""
+    """A random Tale, or a variation of it, in eval mode, with its own attention."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return kind(TaleConfig(**config)).eval()
+        model = kind(TaleConfig(**config)).eval()
+    model.set_attn_implementation("eager")
+    return model
 
 
 def write_code(directory: Path, **config: object) -> Path:

@@ -1,0 +1,165 @@
+"""A rank carries out batches: what it samples is what the module's own forward pass says, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from tests.models.custom_models import greedy_by_recompute, make_tale
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shardwright.sampling_params import SamplingParams
+from shardwright.worker.batch import Batch, NewRow, StepResult, TableUpdate
+from shardwright.worker.ladder import climb
+from shardwright.worker.model_runner import ModelRunner, RunnerLimits
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+NUM_BLOCKS = 40
+GREEDY = SamplingParams(temperature=0)
+FIRST, SECOND = [5, 9, 40, 77, 3, 120, 11, 64, 23], [90, 8, 8, 31, 100]
+
+
+@dataclass
+class Rank:
+    """A runner, and the same model by itself."""
+
+    max_model_len: int = 64
+    plain: PreTrainedModel = field(default_factory=make_tale)
+    served: PreTrainedModel = field(default_factory=make_tale)
+    runner: ModelRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        model = climb(
+            self.served, num_positions=256, vocab_size=128, block_size=BLOCK_SIZE, dtype=torch.float32,
+            compute_dtype=torch.float32, device=CPU,
+        )  # fmt: skip
+        model.allocate(num_rows=4, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+        limits = RunnerLimits(
+            max_num_seqs=4, max_model_len=self.max_model_len, vocab_size=128, block_size=BLOCK_SIZE
+        )  # fmt: skip
+        self.runner = ModelRunner(model, limits, device=CPU, seed=0)
+
+    def step(
+        self,
+        work: list[tuple[int, int, int]],
+        *,
+        new: dict[int, list[int]] | None = None,
+        blocks: dict[int, list[int]] | None = None,
+        params: SamplingParams = GREEDY,
+        num_prompt_tokens: int | None = None,
+    ) -> StepResult:
+        """One step of (row, tokens computed before, tokens now); `new` and `blocks` are by row."""
+        new_rows = [
+            NewRow(row, tokens, num_prompt_tokens or len(tokens), params, []) for row, tokens in (new or {}).items()
+        ]
+        updates = [TableUpdate(row, 0, 0, own) for row, own in (blocks or {}).items()]
+        rows, num_computed, num_tokens = (list(column) for column in zip(*work, strict=True))
+        return self.runner.execute(
+            Batch(rows=rows, num_computed=num_computed, num_tokens=num_tokens, new_rows=new_rows, table_updates=updates)
+        )
+
+
+@pytest.fixture
+def rank() -> Rank:
+    return Rank()
+
+
+def own_logits(module: PreTrainedModel, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = module(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def test_sampled_tokens_are_remembered_from_step_to_step(rank: Rank) -> None:
+    result = rank.step([(0, 0, 9), (2, 0, 5)], new={0: FIRST, 2: SECOND}, blocks={0: [7, 3, 21, 9], 2: [4, 30, 1]})
+    first, second = [result.token_ids[0]], [result.token_ids[1]]
+    for i in range(5):
+        result = rank.step([(2, 5 + i, 1), (0, 9 + i, 1)])  # in any order
+        second.append(result.token_ids[0])
+        first.append(result.token_ids[1])
+    assert first == greedy_by_recompute(rank.plain, FIRST, 6)
+    assert second == greedy_by_recompute(rank.plain, SECOND, 6)
+
+
+def test_a_prompt_in_chunks_samples_at_its_end_only(rank: Rank) -> None:
+    assert rank.step([(1, 0, 4)], new={1: FIRST}, blocks={1: [5, 6, 7]}).token_ids == [None]
+    result = rank.step([(1, 4, 2), (3, 0, 5)], new={3: SECOND}, blocks={3: [8, 9]})
+    assert result.token_ids == [None, *greedy_by_recompute(rank.plain, SECOND, 1)]
+    assert rank.step([(1, 6, 3)]).token_ids == greedy_by_recompute(rank.plain, FIRST, 1)
+
+
+def test_a_prefix_in_other_blocks_is_not_computed_again(rank: Rank) -> None:
+    rank.step([(0, 0, 9)], new={0: FIRST}, blocks={0: [11, 12, 13]})
+    prompt = [*FIRST[:8], 50, 51]
+    result = rank.step([(1, 8, 2)], new={1: prompt}, blocks={1: [11, 12, 14]})
+    assert result.token_ids == greedy_by_recompute(rank.plain, prompt, 1)
+
+
+def test_a_preempted_sequence_goes_on_where_it_was(rank: Rank) -> None:
+    expected = greedy_by_recompute(rank.plain, FIRST, 4)
+    known = FIRST + expected[:3]
+    result = rank.step([(3, 0, 12)], new={3: known}, blocks={3: [2, 4, 6]}, num_prompt_tokens=9)
+    assert result.token_ids == expected[3:]
+
+
+def test_a_row_forgets_whose_it_was(rank: Rank) -> None:
+    rank.step([(0, 0, 9)], new={0: FIRST}, blocks={0: [7, 3, 21]}, params=SamplingParams(temperature=0, logprobs=3))
+    result = rank.step([(0, 0, 5)], new={0: SECOND}, blocks={0: [5, 3]})
+    assert result.token_ids == greedy_by_recompute(rank.plain, SECOND, 1)
+    assert result.logprobs == {}
+
+
+def test_logprobs_are_the_model_s(rank: Rank) -> None:
+    params = SamplingParams(temperature=0, logprobs=2)
+    result = rank.step([(0, 0, 9)], new={0: FIRST}, blocks={0: [7, 3, 21]}, params=params)
+    expected = own_logits(rank.plain, FIRST)[-1].log_softmax(-1)
+    top = expected.topk(2)
+    found = result.logprobs[0]
+    assert found.token_ids == [result.token_ids[0], *top.indices.tolist()]
+    assert found.logprobs == pytest.approx([float(top.values[0]), *top.values.tolist()], abs=1e-4)
+    assert found.rank == 1
+
+
+@pytest.mark.parametrize("chunks", [[9], [4, 5], [1, 7, 1]])
+def test_prompt_logprobs_come_with_the_chunks(rank: Rank, chunks: list[int]) -> None:
+    params = SamplingParams(temperature=0, prompt_logprobs=1)
+    found, start = [], 0
+    for i, count in enumerate(chunks):
+        result = rank.step(
+            [(0, start, count), (1, 0, 5)],
+            new={0: FIRST, 1: SECOND} if i == 0 else {1: SECOND},
+            blocks={0: [7, 3, 21], 1: [9, 10]},
+            params=params if i == 0 else GREEDY,
+        )
+        found += result.prompt_logprobs.get(0, [])
+        start += count
+    expected = own_logits(rank.plain, FIRST).log_softmax(-1)
+    assert [entry.token_ids[0] for entry in found] == FIRST[1:]
+    assert [entry.logprobs[0] for entry in found] == pytest.approx(
+        [float(expected[i, token]) for i, token in enumerate(FIRST[1:])], abs=1e-4
+    )
+    assert result.token_ids[0] == greedy_by_recompute(rank.plain, FIRST, 1)[0]
+
+
+def test_logits_that_are_not_numbers_spoil_one_request_only(rank: Rank) -> None:
+    poison = 99
+    rank.served.words.weight.data[poison] = float("nan")
+    spoilt = [7, poison, 8, 9, 10, 11, 12, 13]
+    result = rank.step([(0, 0, 8), (1, 0, 5)], new={0: spoilt, 1: SECOND}, blocks={0: [7, 3], 1: [5, 6]})
+    assert list(result.errors) == [0]
+    assert "NaN" in result.errors[0]
+    expected = greedy_by_recompute(rank.plain, SECOND, 2)
+    assert result.token_ids[1] == expected[0]
+    heir = rank.step([(0, 0, 5)], new={0: SECOND}, blocks={0: [7, 3]})  # fewer tokens than its blocks held before
+    assert heir.token_ids == expected[:1]
+    assert rank.step([(0, 5, 1)]).token_ids == expected[1:]
+
+
+def test_the_last_token_may_fill_the_row() -> None:
+    rank = Rank(max_model_len=9)
+    expected = greedy_by_recompute(rank.plain, FIRST[:8], 2)
+    assert rank.step([(0, 0, 8)], new={0: FIRST[:8]}, blocks={0: [7, 3, 21]}).token_ids == expected[:1]
+    assert rank.step([(0, 8, 1)]).token_ids == expected[1:]
