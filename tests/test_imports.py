@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": LEAVES,
     "kernels": LEAVES,
     "layers": LEAVES | {"kernels"},
-    "attention": LEAVES | {"cache"},
+    "attention": LEAVES | {"cache", "kernels"},
     "adapt": LEAVES | {"attention", "cache", "layers"},
     "worker": LEAVES | {"adapt", "attention", "cache", "layers", "loading", "models"},
     "pooling": LEAVES | {"layers", "loading", "models", "worker"},

@@ -77,8 +77,14 @@ class BatchedBackend:
 
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> BatchedPlan:
         is_decode = (layout.num_tokens == 1) & (layout.num_computed > 0)
-        prompts = [self._prompt(layout, i, block_tables, visibility) for i in np.flatnonzero(~is_decode).tolist()]
+        prompts = self.prepare_prompts(layout, np.flatnonzero(~is_decode), block_tables, visibility).prompts
         return BatchedPlan(self._decodes(layout, np.flatnonzero(is_decode), block_tables, visibility), prompts)
+
+    def prepare_prompts(
+        self, layout: StepLayout, sequences: np.ndarray, block_tables: np.ndarray, visibility: Visibility
+    ) -> BatchedPlan:
+        """As `prepare`, for some of the sequences, all taken as prompts; `forward` leaves other tokens undefined."""
+        return BatchedPlan([], [self._prompt(layout, i, block_tables, visibility) for i in sequences.tolist()])
 
     def forward(
         self,

@@ -49,7 +49,8 @@ def native_library(name: str) -> ctypes.CDLL | None:
 def _compiled(source: Path, compiler: str) -> Path:
     """The shared library of a source file, compiled unless the cache has it. Raises OSError or SubprocessError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
-    identity = b"\0".join([source.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()])
+    sources = [source.read_bytes(), *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
+    identity = b"\0".join([*sources, version, " ".join(FLAGS).encode(), _processor().encode()])
     directory = cache_directory() / "kernels"
     library = directory / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if library.exists():

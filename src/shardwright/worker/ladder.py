@@ -13,7 +13,7 @@ from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
-from shardwright.attention.batched import BatchedBackend
+from shardwright.attention.native import make_backend
 from shardwright.errors import UnsupportedModelError
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import PerRequestModel, RecomputingModel
@@ -47,19 +47,17 @@ def climb(
 
     Raises: UnsupportedModelError if the module's own forward pass fails.
     """
+    backend = make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype)
 
     def packed(reason: str) -> StepModel:
         served = ServedModel(module, num_positions=num_positions)
-        backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
         return PackedModel(served, backend, dtype=dtype, device=device)
 
     def intercepted(reason: str) -> StepModel:
         served = InterceptedModel(module, num_positions=num_positions)
-        backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
         return PackedModel(served, backend, dtype=dtype, device=device, max_step_tokens=num_positions)
 
     def with_state(reason: str, *, takes_chunks: bool = True) -> StepModel:
-        backend = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
         return StateSlotModel(
             module, backend, num_positions=num_positions, dtype=dtype, device=device, takes_chunks=takes_chunks
         )

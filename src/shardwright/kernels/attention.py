@@ -1,0 +1,79 @@
+"""Decode attention over the paged cache, natively: nothing is gathered, keys and values are read once where they
+lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shardwright.kernels.jit import native_library
+
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether the kernel takes this type, and is compiled or can be now."""
+    return dtype in _TYPES and native_library("attention") is not None
+
+
+def paged_decode(
+    query_SHD: Tensor,
+    keys_NKD: Tensor,
+    values_NKV: Tensor,
+    tables: npt.NDArray[np.int32],
+    first: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    *,
+    block_size: int,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention of one query per sequence.
+
+    Args:
+        query_SHD: [S, H, D] float32 or bfloat16, on the CPU; H is a multiple of K.
+        keys_NKD: [num_slots, K, D], same type; rows of one token contiguous.
+        values_NKV: [num_slots, K, V], same type; rows of one token contiguous.
+        tables: [S, max blocks], contiguous rows: block of positions i * block_size and on.
+        first, last: [S], positions that each query sees, both included.
+        block_size: tokens per block.
+        scale, softcap, sinks_H: as attention.layout.AttentionParams has them.
+
+    Returns: [S, H, V], type of the query. Its reference is attention/reference.py.
+    """
+    library = native_library("attention")
+    assert library is not None, "ask is_available first"
+    num_sequences, num_heads, key_dim = query_SHD.shape
+    num_kv_heads, value_dim = values_NKV.shape[1:]
+    query_SHD = query_SHD.contiguous()
+    sinks = None if sinks_H is None else sinks_H.float().contiguous()
+    output = query_SHD.new_empty(num_sequences, num_heads, value_dim)
+    library.paged_decode(
+        ctypes.c_int(query_SHD.dtype is torch.bfloat16),
+        ctypes.c_int64(num_sequences),
+        ctypes.c_int64(num_kv_heads),
+        ctypes.c_int64(num_heads // num_kv_heads),
+        ctypes.c_int64(key_dim),
+        ctypes.c_int64(value_dim),
+        ctypes.c_int64(block_size),
+        ctypes.c_int64(keys_NKD.stride(0)),
+        ctypes.c_int64(values_NKV.stride(0)),
+        ctypes.c_float(scale),
+        ctypes.c_float(softcap or 0.0),
+        ctypes.c_void_p(query_SHD.data_ptr()),
+        ctypes.c_void_p(keys_NKD.data_ptr()),
+        ctypes.c_void_p(values_NKV.data_ptr()),
+        ctypes.c_void_p(tables.ctypes.data),
+        ctypes.c_int64(tables.strides[0] // 4),
+        ctypes.c_void_p(first.ctypes.data),
+        ctypes.c_void_p(last.ctypes.data),
+        ctypes.c_void_p(None if sinks is None else sinks.data_ptr()),
+        ctypes.c_void_p(output.data_ptr()),
+    )
+    return output

@@ -1,0 +1,71 @@
+// Vectors of float32 on this machine, and bfloat16 in memory. Included by every kernel; no state, no torch headers.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+inline float widen(uint16_t bits) {
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+inline float widen(float value) { return value; }
+
+inline uint16_t narrow(float value) {  // to nearest, ties to even; not-a-number stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void store(float value, uint16_t* place) { *place = narrow(value); }
+inline void store(float value, float* place) { *place = value; }
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+using Vector = __m512;
+inline Vector splat(float value) { return _mm512_set1_ps(value); }
+inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vector load(const uint16_t* p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline void put(Vector v, float* p) { _mm512_storeu_ps(p, v); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8;
+using Vector = __m256;
+inline Vector splat(float value) { return _mm256_set1_ps(value); }
+inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vector load(const uint16_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline void put(Vector v, float* p) { _mm256_storeu_ps(p, v); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Vector v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+#else
+constexpr int LANES = 1;
+using Vector = float;
+inline Vector splat(float value) { return value; }
+inline Vector load(const float* p) { return *p; }
+inline Vector load(const uint16_t* p) { return widen(*p); }
+inline void put(Vector v, float* p) { *p = v; }
+inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+inline float sum(Vector v) { return v; }
+#endif
+
+}  // namespace
