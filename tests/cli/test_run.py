@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
+from tests.pooling.models import bert_config, save
+from transformers import BertModel
 
 from shardwright.bench import machine
 
@@ -117,6 +119,15 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(machine, "GEMM_SHAPE", (64, 64, 64))
     monkeypatch.setattr(machine, "SECONDS_PER_MEASUREMENT", 0.0)
+
+
+@pytest.mark.parametrize("arguments", [("a",), ("--chat", "a"), ("--json", "--prompt-token-ids", "1,2")])
+def test_an_encoder_says_what_to_do_instead(shardwright: Shardwright, tmp_path: Path, arguments: list[str]) -> None:
+    save(BertModel, bert_config(), tmp_path)
+    result = shardwright("run", str(tmp_path), *arguments)
+    assert (result.code, result.stdout) == (2, "")
+    assert "generates no text, it can embed some" in result.stderr.splitlines()[-1]
+    assert "/v1/embeddings" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from shardwright.cli.output import (
     stdout,
 )
 from shardwright.cli.prompts import check_text, read_prompts
+from shardwright.errors import UsageError
 from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
 from shardwright.sampling_params import SamplingParams
 
@@ -77,6 +78,7 @@ def run(
 
     with LLM(model, **engine) as llm:
         ready_s = process_age_s()
+        check_generates(llm)
         inputs = [as_input(llm, text, chat=chat or system is not None, system=system) for text in texts]
         start = time.perf_counter()
         alone = len(inputs) == 1 and params.n == 1 and not json
@@ -96,6 +98,17 @@ def run(
         f"{metrics['prompt_tokens']} prompt + {metrics['output_tokens']} output tokens in {metrics['elapsed_s']:.2f} s"
         f" ({metrics['output_tokens_per_s']:.1f} tok/s{first}); ready after {ready_s:.1f} s"
     )
+
+
+def check_generates(llm: LLM) -> None:
+    """Raise UsageError if the model does something else with texts."""
+    info = llm.info
+    if info.task != "generate":
+        path = "/v1/embeddings" if info.task == "embed" else "/classify"
+        raise UsageError(
+            f"{info.model} ({info.architecture}) generates no text, it can {info.task} some: with LLM.{info.task} in "
+            f"Python, or with `shardwright serve {info.model}` and POST {path}"
+        )
 
 
 def as_input(llm: LLM, text: str | list[int], *, chat: bool, system: str | None) -> dict[str, Any]:
