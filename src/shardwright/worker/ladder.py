@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from shardwright.adapt.far_positions import far_position_turns_others
 from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.rungs import AttentionRung
@@ -70,15 +71,18 @@ def climb(
 
     set_attention(module, "eager")
     expected = plain_logits(module, vocab_size=vocab_size)
-    reasons: list[str] = []
+    reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
     rungs: list[tuple[AttentionRung, Callable[[str], StepModel]]] = [
         (AttentionRung.INTERFACE, packed),
         (AttentionRung.DATAFLOW, intercepted),
         (AttentionRung.STATE, with_state),
         (AttentionRung.STATE, partial(with_state, takes_chunks=False)),
-        (AttentionRung.PER_REQUEST, per_request),
-        (AttentionRung.RECOMPUTE, recomputing),
     ]
+    if far_position_turns_others(module, num_positions=num_positions):
+        reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
+        reasons[f"not packed: {reason}"] = None
+        rungs.clear()
+    rungs += [(AttentionRung.PER_REQUEST, per_request), (AttentionRung.RECOMPUTE, recomputing)]
     for rung, build in rungs:
         set_attention(module, "eager")
         try:
@@ -86,10 +90,10 @@ def climb(
             if rung is not AttentionRung.RECOMPUTE:  # which is the module's own forward pass
                 check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
         except UnsupportedModelError as exc:
-            reasons.append(f"not {rung}: {exc}")
+            reasons[f"not {rung}: {exc}"] = None
             continue
         except Exception as exc:  # the model's code may fail in any way on a path that its author never took
-            reasons.append(f"not {rung}: {type(exc).__name__}: {exc}")
+            reasons[f"not {rung}: {type(exc).__name__}: {exc}"] = None
             continue
         if isinstance(model, RecomputingModel):
             logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
