@@ -9,9 +9,16 @@ from typing import Any
 
 Table = dict[str, dict[str, Any]]
 
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
 FULL: Table = {
-    "apertus": {},
-    "arcee": {},
+    "apertus": {"rope_parameters": LLAMA3},
+    "arcee": {"rope_parameters": YARN},
     "bart": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
     "biogpt": {},
     "bitnet": {},
@@ -38,7 +45,7 @@ FULL: Table = {
     "opt": {},
     "persimmon": {},
     "phi": {},
-    "seed_oss": {},
+    "seed_oss": {"rope_parameters": LINEAR},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]},
     "stablelm": {"use_parallel_residual": True, "qk_layernorm": True},
 }
