@@ -1,7 +1,7 @@
 """Serve the model you trained, from the code you trained it with.
 
-LLM for offline generation, AsyncLLM for asyncio programs, SamplingParams for both. Importing this package imports
-neither torch nor transformers; the names below do when they are first used.
+LLM for offline generation, AsyncLLM for asyncio programs, SamplingParams for both, register_model for modules of your
+own. Importing this package imports neither torch nor transformers; the names below do when they are first used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardwright.async_llm import AsyncLLM
     from shardwright.llm import LLM
+    from shardwright.models.registry import register_model
     from shardwright.outputs import (
         ClassificationOutput,
         CompletionOutput,
@@ -38,12 +39,14 @@ __all__ = [
     "SamplingParams",
     "ScoreOutput",
     "__version__",
+    "register_model",
 ]
 
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "SamplingParams": "sampling_params",
+    "register_model": "models.registry",
     "ClassificationOutput": "outputs",
     "CompletionOutput": "outputs",
     "EmbeddingOutput": "outputs",

@@ -63,12 +63,16 @@ class ModelConfig:
     """Which model, and how it is built."""
 
     model: str
-    """A directory, a hub id, or `smollm2-135m`, the starter model."""
+    """A directory, a hub id, `package.module:factory`, a registered name, or `smollm2-135m`, the starter model."""
     tokenizer: str | None = option(None, "Directory or hub id of the tokenizer; default: the model's own.")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     dtype: DType = option("auto", "Type of weights and activations; auto: what the checkpoint says.")
     load_format: LoadFormat = option(
         "auto", "How weights are read; dummy: random ones, to try a configuration without its checkpoint."
+    )
+    weights: str | None = option(None, "Folder or file of the weights; default: the model's directory.")
+    weight_map: str | None = option(
+        None, "JSON or YAML file that renames or joins weights; default: rename.json or rename.yaml beside them."
     )
     trust_remote_code: bool = option(False, "Run the modeling code that lies in the model directory.")
     max_model_len: int | None = option(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardwright.errors import ModelSourceError
-from shardwright.models.resolve import resolve_directory, resolve_model
+from shardwright.models.resolve import has_factory, resolve_directory, resolve_model
 
 
 def test_directory_resolves_to_itself(model_directory: Path) -> None:
@@ -63,12 +63,38 @@ def test_file_points_to_its_directory(model_directory: Path) -> None:
         resolve_model(str(model_directory / "config.json"))
 
 
+def test_form_that_does_not_work_yet_says_so() -> None:
+    with pytest.raises(ModelSourceError, match="GGUF file, which shardwright does not read yet"):
+        resolve_model("weights.Q4_0.gguf")
+
+
+def test_function_is_no_directory() -> None:
+    with pytest.raises(ModelSourceError, match="names a function, but a directory or a hub id is needed here"):
+        resolve_directory("my_package.models:make_model")
+
+
+def test_directory_with_a_factory_needs_no_config(tmp_path: Path) -> None:
+    (tmp_path / "factory.py").touch()
+    assert resolve_model(str(tmp_path)) == tmp_path.resolve()
+    assert has_factory(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("name", "what"), [("weights.Q4_0.gguf", "GGUF file"), ("my_package.models:make_model", "module factory")]
+    ("config", "expected"),
+    [
+        ("{", True),
+        ('{"n_layer": 3}', True),
+        ("[1]", True),
+        ('{"model_type": "llama"}', False),
+        ('{"auto_map": {"a": "b"}}', False),
+    ],
 )
-def test_forms_that_do_not_work_yet_say_so(name: str, what: str) -> None:
-    with pytest.raises(ModelSourceError, match=f"{what}, which shardwright does not .* yet"):
-        resolve_model(name)
+def test_factory_makes_the_model_unless_the_config_is_of_transformers(
+    tmp_path: Path, config: str, expected: bool
+) -> None:
+    (tmp_path / "factory.py").touch()
+    (tmp_path / "config.json").write_text(config)
+    assert has_factory(tmp_path) is expected
 
 
 def test_over_long_path_is_a_clear_error() -> None:

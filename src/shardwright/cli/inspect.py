@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardwright.cli.structure import Node
     from shardwright.worker.step import StepModel
 
-FLAGS = ("revision", "dtype", "trust_remote_code", "max_model_len")
+FLAGS = ("revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len")
 
 EXAMPLES = examples(
     "shardwright inspect smollm2-135m",
@@ -71,7 +71,7 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
     text_config = blueprint.config.get_text_config()
     report: dict[str, Any] = {
         "model": config.model.model,
-        "path": str(blueprint.path),
+        "path": str(blueprint.path or ""),
         "model_type": blueprint.config.model_type,
         "architecture": type(module).__name__,
         "dtype": str(blueprint.dtype).removeprefix("torch."),

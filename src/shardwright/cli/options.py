@@ -128,5 +128,8 @@ def with_flags(**groups: Iterable[Flag]) -> Callable[[Callable[..., None]], Call
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A directory, a hub id, or smollm2-135m, the starter model.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A directory, a hub id, package.module:factory, or smollm2-135m, the starter."
+    ),
 ]

@@ -25,6 +25,7 @@ from shardwright.config import EngineConfig
 from shardwright.engine.messages import Command, EngineInfo, EngineOutputs, Event, Failed, Outputs, Ready, Shutdown
 from shardwright.engine.process import run_core_process
 from shardwright.errors import EngineDeadError, ShardwrightError
+from shardwright.models.registry import portable
 
 START_POLL_MS = 200
 """How often the core process is looked after while it starts."""
@@ -41,6 +42,7 @@ class CoreClient:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        registration = portable(config.model.model)
         self._directory = Path(tempfile.mkdtemp(prefix="shardwright-"))
         self._context = zmq.Context()
         self._commands = self._bind(zmq.PUSH, "commands")
@@ -52,7 +54,7 @@ class CoreClient:
         log_level = logging.getLogger("shardwright").getEffectiveLevel()
         self._process = multiprocessing.get_context("spawn").Process(
             target=run_core_process,
-            args=(config, self._address("commands"), self._address("events"), log_level),
+            args=(config, self._address("commands"), self._address("events"), log_level, registration),
             name="shardwright-core",
             daemon=True,
         )

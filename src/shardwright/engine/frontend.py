@@ -6,6 +6,7 @@ Both public engines are a Frontend and a core: LLM has the core beside it, Async
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from dataclasses import dataclass
 
@@ -15,20 +16,29 @@ from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs,
 from shardwright.engine.output_processor import OutputProcessor, ProcessedOutputs
 from shardwright.engine.tasks import check_task
 from shardwright.models.generation import eos_token_ids
-from shardwright.models.resolve import resolve_model
-from shardwright.models.tokenizer import Tokenizer, load_tokenizer
+from shardwright.models.no_tokenizer import NoTokenizer
+from shardwright.models.registry import registered
+from shardwright.models.resolve import home_directory
+from shardwright.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from shardwright.outputs import FinishReason
 from shardwright.sampling_params import SamplingParams
 
+logger = logging.getLogger(__name__)
+
 
 def load_frontend_tokenizer(config: EngineConfig) -> Tokenizer:
-    """The tokenizer of an engine's model, or the one named in its place. Raises ModelSourceError."""
+    """The tokenizer of an engine's model, or the one named in its place; none where its directory has none.
+
+    Raises: ModelSourceError if there is one that cannot be read.
+    """
     model = config.model
-    return load_tokenizer(
-        model.tokenizer or resolve_model(model.model, revision=model.revision),
-        trust_remote_code=model.trust_remote_code,
-        revision=None if model.tokenizer else model.revision,
-    )
+    registration = registered(model.model)
+    named = model.tokenizer or (None if registration is None else registration.tokenizer)
+    directory = None if named is not None else home_directory(model)
+    if named is None and (directory is None or not has_tokenizer(directory)):
+        logger.warning("%s has no tokenizer: it takes and gives token ids alone", model.model)
+        return NoTokenizer(model.model)
+    return load_tokenizer(named or str(directory), trust_remote_code=model.trust_remote_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ class Frontend:
             tokenizer,
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
-            eos_token_ids=[*eos_token_ids(info.path), *tokenizer.eos_token_ids],
+            eos_token_ids=[*info.eos_token_ids, *eos_token_ids(info.path), *tokenizer.eos_token_ids],
         )
         self._outputs = OutputProcessor(tokenizer)
         self._numbers = itertools.count()

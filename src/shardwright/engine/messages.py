@@ -124,6 +124,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """As the user named it."""
     path: str
+    """Its directory; empty for code that has none."""
     model_type: str
     architecture: str
     dtype: str
@@ -143,6 +144,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether prompts may be computed in pieces."""
     reuses_prefixes: bool = True
     """Whether prompts may begin after a cached prefix."""
+    eos_token_ids: list[int] = []
+    """Tokens that end an output, beside those that the model's directory and its tokenizer name."""
     task: Literal["generate", "embed", "classify"] = "generate"
     pooling: PoolingInfo | None = None
     """Of models that do not generate."""

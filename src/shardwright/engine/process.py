@@ -30,6 +30,7 @@ from shardwright.engine.messages import (
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.engine.start import Core, start_core
 from shardwright.errors import ShardwrightError
+from shardwright.models.registry import Registration, adopt
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +38,20 @@ IDLE_POLL_MS = 500
 """How long an idle core waits for a command before it looks whether its parent still lives."""
 
 
-def run_core_process(config: EngineConfig, command_address: str, event_address: str, log_level: int) -> None:
+def run_core_process(
+    config: EngineConfig,
+    command_address: str,
+    event_address: str,
+    log_level: int,
+    registration: Registration | None = None,
+) -> None:
     """Entry point of the process. Failures travel to the parent as `Failed`; the exit code is then 1.
 
     Args:
         config: of the engine.
         command_address, event_address: zmq endpoints that the parent has bound.
         log_level: of the parent's logger; records go to stderr.
+        registration: of the model, if the parent has registered it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
@@ -57,6 +65,7 @@ def run_core_process(config: EngineConfig, command_address: str, event_address: 
     events.connect(event_address)
     channel = _Channel(commands, events)
     try:
+        adopt(registration)
         core = start_core(config)
         channel.send(Ready(core.info))
         _serve(core, channel)

@@ -7,12 +7,20 @@ from typing import TypeAlias
 from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
 from shardwright.engine.pooling_core import PoolingCore
+from shardwright.errors import ConfigError
+from shardwright.models.resolve import uses_factory
 
 Core: TypeAlias = EngineCore | PoolingCore
 
 
 def start_core(config: EngineConfig) -> Core:
     """A core with its worker in this process. Raises a UsageError for models and options that do not work."""
+    if uses_factory(config.model):
+        if config.model.task not in ("auto", "generate"):
+            raise ConfigError(
+                f"{config.model.model} is code of its own, which is served to generate alone: leave out --task"
+            )
+        return EngineCore.from_config(config)
     from shardwright.models.build import load_config
     from shardwright.models.resolve import resolve_model
     from shardwright.models.task import resolve_task

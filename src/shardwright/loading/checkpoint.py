@@ -31,6 +31,14 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|r
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def checkpoint_path(named: str | Path) -> Path:
+    """The folder or file of weights that the user named. Raises CheckpointError if it is not there."""
+    path = Path(named).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"no weights at {path}: name a folder with a checkpoint, or one file of weights")
+    return path.resolve()
+
+
 def checkpoint_files(path: Path, load_format: LoadFormat = "auto") -> list[Path]:
     """The files that make up a checkpoint; safetensors where there is a choice.
 
@@ -68,7 +76,7 @@ def has_checkpoint(path: Path, load_format: LoadFormat = "auto") -> bool:
 
 @contextmanager
 def open_checkpoint(
-    path: Path, *, load_format: LoadFormat = "auto", weight_map: Path | None = None
+    path: Path, *, load_format: LoadFormat = "auto", weight_map: str | Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """Every tensor of the checkpoint by name: a tensor, or an object that reads one from the mapped file when indexed.
 

@@ -22,7 +22,7 @@ def load_weights(
     *,
     is_part: bool = False,
     load_format: LoadFormat = "auto",
-    weight_map: Path | None = None,
+    weight_map: str | Path | None = None,
 ) -> None:
     """Load a checkpoint into a module.
 

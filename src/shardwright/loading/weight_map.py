@@ -124,13 +124,13 @@ class WeightMap:
             tensors[target] = Merged(target, tuple(tensors.pop(name) for name in names), merge.dim)
 
 
-def find_weight_map(checkpoint: Path, file: Path | None = None) -> WeightMap | None:
+def find_weight_map(checkpoint: Path, file: str | Path | None = None) -> WeightMap | None:
     """The map to use for a checkpoint: the file given, else the one beside the weights, if there is one.
 
     Raises: ConfigError if it cannot be read or understood.
     """
     if file is not None:
-        return read_weight_map(file)
+        return read_weight_map(Path(file).expanduser())
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
     found = next((directory / name for name in DEFAULT_FILES if (directory / name).is_file()), None)
     return None if found is None else read_weight_map(found)

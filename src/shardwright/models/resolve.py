@@ -1,21 +1,41 @@
 """From what the user typed to a directory with the model's files.
 
-`MODEL` is a directory, the starter's name, or a hub id; everything after this room works on the directory alone. GGUF
-files and module factories are not covered yet and say so.
+`MODEL` is a directory, the starter's name, or a hub id. What has no directory (`package.module:factory`, a registered
+name) is only told apart here; see models/custom.py. GGUF files are not covered yet and say so.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path
 
+from shardwright.config import ModelConfig
 from shardwright.errors import ModelSourceError
+from shardwright.models.registry import registered, registered_names
 from shardwright.models.starter import STARTER_NAME, starter_directory
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 CONFIG_FILE = "config.json"
+FACTORY_FILE = "factory.py"
+
+
+def is_reference(name: str) -> bool:
+    """Whether a name has the form `package.module:factory`."""
+    return _REFERENCE.fullmatch(name) is not None
+
+
+def has_factory(directory: Path) -> bool:
+    """Whether a directory's model is made by its factory.py: its config.json, if any, is not one of Transformers."""
+    if not (directory / FACTORY_FILE).is_file():
+        return False
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return True
+    return not (isinstance(config, dict) and (config.get("model_type") or config.get("auto_map")))
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
@@ -29,11 +49,40 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     """
     directory = resolve_directory(model, revision=revision)
     try:
-        if not (directory / CONFIG_FILE).is_file():
+        if not (directory / CONFIG_FILE).is_file() and not (directory / FACTORY_FILE).is_file():
             raise ModelSourceError(_no_config(directory))
     except OSError as exc:
         raise ModelSourceError(f"cannot read {directory}: {exc.strerror}") from exc
     return directory
+
+
+def uses_factory(model: ModelConfig) -> bool:
+    """Whether the model is made by a function: registered, `package.module:function`, or in its directory's factory.py.
+
+    Raises: ModelSourceError as `resolve_model` does.
+    """
+    return has_no_directory(model) or has_factory(resolve_model(model.model, revision=model.revision))
+
+
+def has_no_directory(model: ModelConfig) -> bool:
+    """Whether the model is named in Python: registered, or `package.module:function`."""
+    is_named = is_reference(model.model) and not Path(model.model).exists()
+    return registered(model.model) is not None or is_named
+
+
+def home_directory(model: ModelConfig) -> Path | None:
+    """The directory with a model's tokenizer and generation config; None for code without weights beside it.
+
+    Raises: ModelSourceError as `resolve_model` does.
+    """
+    if not has_no_directory(model):
+        return resolve_model(model.model, revision=model.revision)
+    registration = registered(model.model)
+    weights = model.weights or (None if registration is None else registration.weights)
+    if weights is None:
+        return None
+    path = Path(weights).expanduser().resolve()
+    return path if path.is_dir() else path.parent
 
 
 def resolve_directory(name: str, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -76,11 +125,8 @@ def _refuse_what_is_no_directory(name: str, path: Path) -> None:
         )
     if path.is_file():
         raise ModelSourceError(f"{name} is a file: give the directory it lies in, {path.parent}")
-    if _FACTORY.fullmatch(name):
-        raise ModelSourceError(
-            f"{name} names a module factory, which shardwright does not serve yet: give a directory with config.json, "
-            "safetensors and, with --trust-remote-code, the modeling file"
-        )
+    if is_reference(name):
+        raise ModelSourceError(f"{name} names a function, but a directory or a hub id is needed here")
 
 
 def _no_config(directory: Path) -> str:
@@ -90,7 +136,7 @@ def _no_config(directory: Path) -> str:
     holds = ", ".join(sorted(path.name for path in directory.iterdir())[:5]) or "nothing"
     return (
         f"{directory} has no {CONFIG_FILE}; it holds {holds}: a model directory has {CONFIG_FILE}, *.safetensors and "
-        "the tokenizer's files, as save_pretrained writes them"
+        f"the tokenizer's files, as save_pretrained writes them, or a {FACTORY_FILE} that makes the model"
     )
 
 
@@ -111,6 +157,6 @@ def _near_names(path: Path) -> str | None:
         beside = []
     names = {name.lower(): str(path.with_name(name)) for name in beside}
     if len(path.parts) == 1:
-        names[STARTER_NAME] = STARTER_NAME
+        names |= {name.lower(): name for name in (STARTER_NAME, *registered_names())}
     near = difflib.get_close_matches(path.name.lower(), names, n=1)
     return names[near[0]] if near else None

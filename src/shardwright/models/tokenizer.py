@@ -10,6 +10,11 @@ from typing import Any
 from shardwright.errors import ModelSourceError, RequestError
 from shardwright.models.resolve import resolve_directory
 
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
@@ -157,11 +162,16 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool, revision: str |
     return Tokenizer(hf_tokenizer)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has any file of a tokenizer."""
+    return any((directory / name).is_file() for name in _FILES) or any(directory.glob("*.tiktoken"))
+
+
 def _no_tokenizer(directory: Path, exc: Exception, trust_remote_code: bool) -> str:
     reason = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
     if not trust_remote_code and "trust_remote_code" in str(exc):
         return f"the tokenizer in {directory} has its own code: read it, then allow it with --trust-remote-code"
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-    if not any((directory / name).is_file() for name in (*known, "tokenizer_config.json")):
-        return f"{directory} has no tokenizer (no {', '.join(known[:3])} or the like): name another with --tokenizer"
+    if not has_tokenizer(directory):
+        names = ", ".join(_FILES[:3])
+        return f"{directory} has no tokenizer (no {names} or the like): name another with --tokenizer"
     return f"cannot load the tokenizer in {directory}: {reason}"

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig
 
+from shardwright.adapt.describe import describe
 from shardwright.adapt.served_model import ServedModel
 from shardwright.config import ModelConfig
 from shardwright.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import load_dummy_weights, load_weights
 from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
-from shardwright.models.resolve import resolve_model
+from shardwright.models.custom import CustomModel, cast_floats, find_custom
+from shardwright.models.resolve import home_directory, resolve_model
 from shardwright.worker.ladder import climb
 from shardwright.worker.step import StepModel
 
@@ -32,43 +36,72 @@ BLOCK_SIZE = 16
 class Blueprint:
     """All that it takes to build a model."""
 
-    path: Path
+    path: Path | None
+    """The model's directory; None for code that has none."""
     config: PretrainedConfig
     dtype: torch.dtype
     max_model_len: int
     vocab_size: int
-    trust_remote_code: bool
+    options: ModelConfig
+    custom: CustomModel | None = None
+    """Of a module that a factory makes."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> Blueprint:
-        """Find the model that the options name. Raises ModelSourceError or ConfigError."""
-        path = resolve_model(model.model, revision=model.revision)
-        config = load_config(path, trust_remote_code=model.trust_remote_code)
+        """Find the model that the options name.
+
+        Raises: ModelSourceError or ConfigError; UnsupportedModelError if a factory fails.
+        """
+        custom = find_custom(model)
+        if custom is not None:
+            made = custom.look(dummy=model.load_format == "dummy")
+            path, config = home_directory(model), describe(made.module, **custom.facts(made))
+            dtype = custom.dtype(made.module)
+        else:
+            path = resolve_model(model.model, revision=model.revision)
+            config = load_config(path, trust_remote_code=model.trust_remote_code)
+            dtype = resolve_dtype(model.dtype, config, checkpoint_path(model.weights or path))
         return cls(
             path=path,
             config=config,
-            dtype=resolve_dtype(model.dtype, config, path),
+            dtype=dtype,
             max_model_len=resolve_max_model_len(model.max_model_len, config),
             vocab_size=int(config.get_text_config().vocab_size),
-            trust_remote_code=model.trust_remote_code,
+            options=model,
+            custom=custom,
         )
 
-    def build(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The module on "meta". Raises UnsupportedModelError if its code fails."""
-        module = build_module(self.config, dtype, trust_remote_code=self.trust_remote_code)
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        """The module, on "meta" if its weights are yet to be loaded. Raises UnsupportedModelError if its code fails."""
+        if self.custom is not None:
+            return cast_floats(self.custom.make().module, dtype)
+        module = build_module(self.config, dtype, trust_remote_code=self.options.trust_remote_code)
         module.tie_weights(recompute_mapping=False)
         return module
 
-    def load(self, *, dummy: bool = False) -> PreTrainedModel:
+    def load(self, *, dummy: bool = False) -> nn.Module:
         """The module with its weights, or with random ones, for inference on the CPU.
 
         Raises: UnsupportedModelError if its code fails; CheckpointError if the weights do not fit.
         """
-        module = build_module(self.config, self.dtype, trust_remote_code=self.trust_remote_code)
+        if self.custom is not None:
+            custom = self.custom.load(self.dtype, dummy=dummy)
+            if getattr(custom, "config", None) is None:
+                custom.config = self.config  # type: ignore[assignment]  # for whoever looks for one
+            return custom
+        assert self.path is not None
+        module = build_module(self.config, self.dtype, trust_remote_code=self.options.trust_remote_code)
         if dummy:
             load_dummy_weights(module)
         else:
-            load_weights(module, self.path, self.dtype, is_part=type(module.config) is not type(self.config))
+            load_weights(
+                module,
+                checkpoint_path(self.options.weights or self.path),
+                self.dtype,
+                is_part=type(module.config) is not type(self.config),
+                load_format=self.options.load_format,
+                weight_map=self.options.weight_map,
+            )
         return module.requires_grad_(False)
 
     def capture_attention(self, *, num_parameters: int) -> StepModel | ServedModel:
@@ -94,12 +127,20 @@ class Blueprint:
         except UnsupportedModelError:
             return ServedModel(fill_with_zeros(self.build(self.dtype)), num_positions=self.max_model_len)
 
-    @staticmethod
-    def is_large(num_parameters: int) -> bool:
-        """Whether the model is looked at only for the first rung of the ladder, and not run against its own logits."""
-        return num_parameters > MOST_CHECKED_PARAMETERS
+    def is_large(self, num_parameters: int) -> bool:
+        """Whether the model is looked at only for the first rung of the ladder, and not run against its own logits.
 
-    def _load_in_float32(self) -> PreTrainedModel:
+        Never one that a factory makes: it does not stand on that rung.
+        """
+        return num_parameters > MOST_CHECKED_PARAMETERS and self.custom is None
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end an output, of a model that has no files to say so."""
+        token_ids = self.config.eos_token_id if self.custom is not None else None
+        return [token_ids] if isinstance(token_ids, int) else list(token_ids or [])
+
+    def _load_in_float32(self) -> nn.Module:
         blueprint = replace(self, dtype=torch.float32)
         try:
             return blueprint.load()
@@ -113,11 +154,11 @@ def resolve_max_model_len(asked: int | None, config: PretrainedConfig) -> int:
     if asked is None:
         return limit or DEFAULT_MODEL_LEN
     if limit is not None and asked > limit:
-        raise ConfigError(f"max_model_len is {asked:,} but the model's config allows {limit:,} positions: lower it")
+        raise ConfigError(f"max_model_len is {asked:,} but the model has {limit:,} positions: lower it")
     return asked
 
 
-def fill_with_zeros(module: PreTrainedModel) -> PreTrainedModel:
+def fill_with_zeros(module: nn.Module) -> nn.Module:
     """Give parameters on "meta" values of zero, in memory that the system provides when it is written: it never is."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):

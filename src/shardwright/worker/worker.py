@@ -42,7 +42,7 @@ class Worker:
         started = time.perf_counter()
         device = resolve_device(config.model.device)
         blueprint = Blueprint.of(config.model)
-        module = blueprint.load(dummy=config.model.load_format == "dummy").to(device)  # type: ignore[arg-type]
+        module = blueprint.load(dummy=config.model.load_format == "dummy").to(device)
         loaded = time.perf_counter()
         model = adapt(module, blueprint, config, device)
         sizes = StepSizes.of(model, config.scheduler, blueprint.max_model_len)
@@ -77,7 +77,7 @@ class Worker:
         self.groups: list[CacheGroup] = model.groups
         self.info = EngineInfo(
             model=config.model.model,
-            path=str(blueprint.path),
+            path=str(blueprint.path or ""),
             model_type=blueprint.config.model_type,
             architecture=type(module).__name__,
             dtype=str(blueprint.dtype).removeprefix("torch."),
@@ -95,6 +95,7 @@ class Worker:
             attention_reason=model.rung_reason,
             takes_chunks=model.takes_chunks,
             reuses_prefixes=model.reuses_prefixes,
+            eos_token_ids=blueprint.eos_token_ids,
         )
         log_start(self.info, load_s=loaded - started, ready_s=time.perf_counter() - started)
 
