@@ -46,6 +46,14 @@ async def test_answer_has_openai_shape(client: httpx.AsyncClient) -> None:
     }
 
 
+async def test_token_ids_come_with_the_text_if_asked_for(client: httpx.AsyncClient) -> None:
+    [choice] = (await complete(client, prompt="ab", max_tokens=2, return_token_ids=True))["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([97, 98], [99, 100])
+    chunks = await stream(client, prompt="ab", max_tokens=2, return_token_ids=True)
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[99], [100]]
+    assert [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks] == [[97, 98], None]
+
+
 async def test_default_is_sixteen_tokens(client: httpx.AsyncClient) -> None:
     answer = await complete(client, prompt="a")
     assert answer["usage"]["completion_tokens"] == 16

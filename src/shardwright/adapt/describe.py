@@ -59,8 +59,8 @@ def describe(
     """
     if isinstance(module, PreTrainedModel):
         return module.config
-    seen = _try(module, FEW_TOKENS)
-    found = None if seen is None else seen.vocab_size
+    seen = observe(module, FEW_TOKENS)
+    found = seen.vocab_size if isinstance(seen, Observation) else None
     if vocab_size is not None and found is not None and found != vocab_size:
         raise UnsupportedModelError(
             f"its vocabulary is said to be {vocab_size:,}, but its forward gives {found:,} logits for a token"
@@ -68,7 +68,8 @@ def describe(
     vocab_size = vocab_size or found or _attribute(module, _VOCAB) or _vocab_of_tables(module)
     if vocab_size is None:
         raise UnsupportedModelError(
-            f"the vocabulary of {type(module).__name__} cannot be told: give it an attribute vocab_size"
+            f"the vocabulary of {type(module).__name__} cannot be told, for its forward fails on {FEW_TOKENS} token ids "
+            f"without values ({type(seen).__name__}: {seen}): if it takes token ids, give it an attribute vocab_size"
         )
     eos = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids or ())
     facts: dict[str, Any] = {
@@ -116,8 +117,8 @@ class Observation(TorchFunctionMode):
         return next((kind for kind in (self._tokens, self._counts) if id(value) in kind), None)
 
 
-def _try(module: nn.Module, num_tokens: int) -> Observation | None:
-    """Run so many tokens through a copy of the module on "meta"; None if that fails, for whatever reason."""
+def observe(module: nn.Module, num_tokens: int) -> Observation | Exception:
+    """Run so many tokens through a copy of the module on "meta". Returns what was seen, or why it fails."""
     try:
         with torch.inference_mode(), torch.device("meta"):
             input_ids = torch.zeros(1, num_tokens, dtype=torch.int64)
@@ -128,7 +129,7 @@ def _try(module: nn.Module, num_tokens: int) -> Observation | None:
             observation.vocab_size = logits_of(output).shape[-1]
     except Exception as exc:  # code that looks at values cannot run there, and it may be too many tokens
         logger.debug("%d tokens on meta: %s: %s", num_tokens, type(exc).__name__, exc)
-        return None
+        return exc
     return observation
 
 
@@ -167,18 +168,18 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
 
 
-def _limit(module: nn.Module, known: int | None, seen: Observation | None) -> int | None:
+def _limit(module: nn.Module, known: int | None, seen: Observation | Exception) -> int | None:
     """Most tokens that the module takes: what is known, what its tables have room for, what runs on "meta"."""
-    if seen is None:
+    if isinstance(seen, Exception):
         return known or _rows_of_position_tables(module)
     limit = min([*([known] if known else []), *seen.position_rows], default=None)
     high = limit or MOST_TOKENS
-    if _try(module, high) is not None:
+    if isinstance(observe(module, high), Observation):
         return limit
     low = FEW_TOKENS
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _try(module, middle) is not None else (low, middle)
+        low, high = (middle, high) if isinstance(observe(module, middle), Observation) else (low, middle)
     return low
 
 

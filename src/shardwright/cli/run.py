@@ -91,7 +91,7 @@ def run(
         print_json({"model": model, "requests": [as_json(output) for output in outputs], "metrics": metrics})
         return
     if not alone:
-        print_results(outputs)
+        print_results(llm, outputs)
     print_logprobs(outputs)
     first = f", first token after {ttft:.2f} s" if alone and (ttft := outputs[0].metrics.ttft_s) else ""
     remark(
@@ -128,7 +128,7 @@ def stream_one(llm: LLM, prompt: dict[str, Any], params: SamplingParams) -> Requ
     whole = CompletionOutput(index=0, text="", token_ids=[], logprobs=[] if params.logprobs is not None else None)
     for _, delta in llm.stream([prompt], params):
         for news in delta.outputs:
-            print_text(news.text, end="")
+            print_text(news.text or ids_without_text(llm, news), end="")
             whole.text += news.text
             whole.token_ids += news.token_ids
             if whole.logprobs is not None:
@@ -192,13 +192,22 @@ def logprob_as_json(entry: Logprob) -> dict[str, Any]:
     return {"logprob": logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
 
 
-def print_results(outputs: Sequence[RequestOutput]) -> None:
+def ids_without_text(llm: LLM, completion: CompletionOutput) -> str:
+    """Token ids, each with a space behind, of a model that has no tokenizer; nothing for others."""
+    from shardwright.models.no_tokenizer import NoTokenizer
+
+    return "".join(f"{token} " for token in completion.token_ids) if isinstance(llm.tokenizer, NoTokenizer) else ""
+
+
+def print_results(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
     """Print several completions, each below a line that names it."""
     for number, output in enumerate(outputs, start=1):
         for completion in output.outputs:
             of = f", completion {completion.index + 1}" if len(output.outputs) > 1 else ""
             prompt = " ".join(output.prompt.split()) if output.prompt is not None else "token ids"
-            print_text(f"--- prompt {number}{of}: {prompt[:60]}\n{completion.text}")
+            print_text(
+                f"--- prompt {number}{of}: {prompt[:60]}\n{completion.text or ids_without_text(llm, completion)}"
+            )
 
 
 def print_logprobs(outputs: Sequence[RequestOutput]) -> None:

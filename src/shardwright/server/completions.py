@@ -104,6 +104,7 @@ class ChoiceMaker:
     def __init__(self, body: CompletionBody, params: SamplingParams, tokenizer: ServedTokenizer) -> None:
         self._echo = bool(body.echo)
         self._prompt_logprobs = body.prompt_logprobs is not None
+        self._token_ids = bool(body.return_token_ids)
         self._params = params
         self._tokenizer = tokenizer
         self._text_length: dict[int, int] = {}
@@ -120,7 +121,8 @@ class ChoiceMaker:
     def _choice(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         index = prompt_index * self._params.n + completion.index
         text, logprobs = "", None
-        if self._echo and index not in self._text_length:
+        is_first = index not in self._text_length
+        if self._echo and is_first:
             text, logprobs = self._prompt_text(output), self._logprobs_of_prompt.get(prompt_index)
         offset = self._text_length.get(index, 0) + len(text)
         if completion.logprobs and self._params.logprobs is not None:
@@ -136,6 +138,8 @@ class ChoiceMaker:
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs or []) if self._prompt_logprobs else msgspec.UNSET,
+            token_ids=completion.token_ids if self._token_ids else msgspec.UNSET,
+            prompt_token_ids=output.prompt_token_ids if self._token_ids and is_first else msgspec.UNSET,
         )
 
     def _prompt_text(self, output: RequestOutput) -> str:
@@ -157,7 +161,8 @@ class CompletionEvents:
         self._response.usage = self._usage.of_event()
         events = b""
         for choice in self._choices.make(index, output):
-            if choice.text or choice.logprobs is not None or choice.finish_reason is not None:
+            has_news = choice.text or choice.logprobs is not None or choice.token_ids is not msgspec.UNSET
+            if has_news or choice.finish_reason is not None:
                 self._response.choices = [choice]
                 events += event(self._response)
         return events

@@ -101,6 +101,7 @@ class CompletionBody(GenerationBody):
     prompt: TextInput
     logprobs: int | None = None
     echo: bool | None = None
+    return_token_ids: bool | None = None
 
     best_of: Annotated[Any, only(1), Field(exclude=True)] = None
     suffix: Unsupported = None

@@ -55,8 +55,11 @@ class Blueprint:
         custom = find_custom(model)
         if custom is not None:
             made = custom.look(dummy=model.load_format == "dummy")
-            path, config = home_directory(model), describe(made.module, **custom.facts(made))
-            dtype = custom.dtype(made.module)
+            path, dtype = home_directory(model), custom.dtype(made.module)
+            try:
+                config = describe(made.module, **custom.facts(made))
+            except UnsupportedModelError as exc:
+                raise UnsupportedModelError(f"{custom.factory.label}: {exc}") from exc
         else:
             path = resolve_model(model.model, revision=model.revision)
             config = load_config(path, trust_remote_code=model.trust_remote_code)
