@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from tests.conftest import VOCAB_SIZE, build_tokenizer
 from transformers import (
     BertConfig,
+    GteConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
+    T5Config,
 )
 
 SIZES: dict[str, Any] = {
@@ -38,6 +40,15 @@ def roberta_config(**options: Any) -> RobertaConfig:
 
 def llama_config(**options: Any) -> LlamaConfig:
     return LlamaConfig(**SIZES | {"max_position_embeddings": 64, "num_key_value_heads": 2} | options)
+
+
+def gte_config(**options: Any) -> GteConfig:
+    return GteConfig(**SIZES | {"max_position_embeddings": 64} | options)
+
+
+def t5_config(**options: Any) -> T5Config:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5Config(**sizes | {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "eos_token_id": 2} | options)
 
 
 def save(kind: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> PreTrainedModel:

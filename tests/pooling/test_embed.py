@@ -11,16 +11,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import build_tokenizer
-from tests.pooling.models import bert_config, llama_config, roberta_config, save, write_sentence_files
+from tests.pooling.models import (
+    bert_config,
+    gte_config,
+    llama_config,
+    roberta_config,
+    save,
+    t5_config,
+    write_sentence_files,
+)
 from torch import Tensor
 from transformers import (
     AutoModel,
+    AutoModelForTextEncoding,
     BertForMaskedLM,
     BertModel,
+    GteModel,
     LlamaForCausalLM,
     LlamaModel,
     PreTrainedModel,
     RobertaModel,
+    T5EncoderModel,
+    T5Model,
 )
 
 from shardwright import LLM
@@ -60,6 +72,9 @@ MODELS = {
     "bert-with-a-head": (BertForMaskedLM, bert_config(), "mean"),
     "roberta": (RobertaModel, roberta_config(), "mean"),
     "llama": (LlamaModel, llama_config(), "last"),
+    "t5": (T5EncoderModel, t5_config(), "mean"),
+    "t5-with-a-decoder": (T5Model, t5_config(), "mean"),
+    "gte": (GteModel, gte_config(), "mean"),
 }
 
 
@@ -67,7 +82,8 @@ MODELS = {
 def test_equals_the_plain_pass_and_pooling(name: str, tmp_path: Path) -> None:
     kind, config, pooling = MODELS[name]
     save(kind, config, tmp_path)
-    plain = AutoModel.from_pretrained(tmp_path).eval()
+    plain = AutoModelForTextEncoding if "t5" in name else AutoModel
+    plain = plain.from_pretrained(tmp_path).eval()
     expected = np.stack([unit(POOL[pooling](hidden_states(plain, text))).numpy() for text in TEXTS])
     for one_by_one in (False, True):
         np.testing.assert_allclose(embed(tmp_path, one_by_one=one_by_one), expected, atol=1e-5)

@@ -38,8 +38,8 @@ def build_reader(
     auto_class: Any = AutoModel
     if classifies:
         auto_class = AutoModelForSequenceClassification
-    elif config.is_encoder_decoder:
-        auto_class = AutoModelForTextEncoding  # the encoder alone
+    elif config.is_encoder_decoder or type(config) in AutoModelForTextEncoding._model_mapping:
+        auto_class = AutoModelForTextEncoding  # of an encoder and a decoder, the encoder alone
     if not (type(config) in auto_class._model_mapping or auto_class.__name__ in getattr(config, "auto_map", {})):
         what = "classifier of texts" if classifies else "encoder of texts"
         raise ModelSourceError(
@@ -47,7 +47,8 @@ def build_reader(
         )
     config.use_cache = False
     module = construct(auto_class, config, dtype, trust_remote_code=options.trust_remote_code)
-    if not classifies and "add_pooling_layer" in inspect.signature(type(module).__init__).parameters:
+    may_lack_pooler = "add_pooling_layer" in inspect.signature(type(module).__init__).parameters
+    if not classifies and may_lack_pooler and "pooler" in dict(module.named_children()):
         module.register_module("pooler", None)  # a head for pre-training, which many checkpoints lack
     if options.load_format == "dummy":
         load_dummy_weights(module)

@@ -67,9 +67,10 @@ def _texts(config: PretrainedConfig, vocab_size: int) -> list[PoolingRequest]:
     text_config = config.get_text_config()
     pad, ends = getattr(text_config, "pad_token_id", None), getattr(text_config, "eos_token_id", None)
     end = ends[0] if isinstance(ends, list) else ends
+    ended = [end] if isinstance(end, int) and end < vocab_size else []
     allowed = np.array([token for token in range(min(vocab_size, 4096)) if token not in (pad, end)])
     generator = np.random.default_rng(0)
-    texts = [generator.choice(allowed, length).tolist() + [end] * (end is not None) for length in LENGTHS]
+    texts = [generator.choice(allowed, length).tolist() + ended for length in LENGTHS]
     return [PoolingRequest(request_id="", prompt_token_ids=text) for text in texts]
 
 

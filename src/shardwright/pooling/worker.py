@@ -52,7 +52,11 @@ class PoolingWorker:
         torch.nn.Module.to(module, device)
         if device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products():
             upcast_linears(module)
-        vocab_size = int(model_config.get_text_config().vocab_size)
+        vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
+        if not isinstance(vocab_size, int):
+            raise UnsupportedModelError(
+                f"{config.model.model}: its config names no vocab_size, so no tokens can be checked"
+            )
         try:
             head = None if classifies else make_head(module, sentence, config.pooling, vocab_size).to(device)
             self._model = PoolingModel(module, head)
