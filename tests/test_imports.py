@@ -14,11 +14,12 @@ import shardwright
 
 PACKAGE = Path(shardwright.__file__).parent
 
-LEAVES = {"errors", "paths", "config", "sampling_params", "outputs", "engine.messages"}
+LEAVES = {"errors", "paths", "config", "sampling_params", "outputs", "engine.messages", "foreign_errors"}
 """Plain records that anybody may import; among themselves they follow MAY_IMPORT."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "foreign_errors": set(),
     "paths": set(),
     "config": {"errors"},
     "sampling_params": {"errors"},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.adapt.counting import TableSlice, leading_slice, tables_of
+from shardwright.adapt.counting import Count, TableSlice, leading_slice, tables_of
 from shardwright.adapt.products import Product, as_product
 
 
@@ -28,11 +28,18 @@ class CallCounter:
 
     def restart(self) -> None:
         """Begin to count a forward pass."""
-        self.num_products = self.num_sdpa = self.num_aranges = self.num_slices = self.num_lasts = 0
+        self.num_products = self.num_sdpa = self.num_lasts = 0
+        self._num_counts: dict[int | None, int] = {}
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
         """The product of activations that a call computes, if it is one."""
         return as_product(func, args, kwargs, self._is_weight)
+
+    def next_count(self, table: Tensor | None) -> Count:
+        """Number a slice of a table, or a call of torch.arange."""
+        key = None if table is None else id(table)
+        place = self._num_counts[key] = self._num_counts.get(key, -1) + 1
+        return Count(key, place)
 
     def table_slice(self, func: Any, args: tuple[Any, ...]) -> TableSlice | None:
         """The slice of leading rows of a table that a call takes, if it does."""

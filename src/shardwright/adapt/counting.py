@@ -37,10 +37,10 @@ class Use(Enum):
 class Count(NamedTuple):
     """One call that counts tokens."""
 
-    is_slice: bool
-    """A slice of a table; else a call of torch.arange."""
+    table: int | None
+    """Id of the table that it slices; None for a call of torch.arange."""
     place: int
-    """Among slices of tables, or among calls of torch.arange."""
+    """Among slices of this table, or among calls of torch.arange."""
 
 
 class CountFollower:

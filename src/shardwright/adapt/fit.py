@@ -20,8 +20,14 @@ from shardwright.errors import UnsupportedModelError
 TOLERANCE = 2e-3
 """Largest misfit of scores, relative to the largest score: float32 noise is far below, another formula far above."""
 
-HIDDEN = -1e4
-"""Scores from here down stand for positions that are not seen, however the code spells infinity."""
+ROUNDINGS = 4
+"""So many times a score may have been rounded to the type of queries and keys, on top of that."""
+
+HIDDEN = -5e3
+"""Scores from here down stand for positions that are not seen, however the code spells infinity; -10000 is common."""
+
+CAP_ADVANTAGE = 4.0
+"""So many times better a soft-cap must fit than none: one far above all scores fits as well as none."""
 
 SOFT_CAPS = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0)
 """Caps to try where scores do not grow in proportion to the products."""
@@ -92,15 +98,21 @@ def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor, name: str) ->
     visibility = _visibility(seen, name)
     products = (query @ key.transpose(1, 2))[seen]
     scores = trace.scores.float()[seen]
+    rounding = ROUNDINGS * torch.finfo(trace.query.dtype).eps
+    bound = TOLERANCE * scores.abs().max() + rounding * scores.abs()
+    fits: list[tuple[float, float, float | None]] = []
     for softcap in (None, *SOFT_CAPS):
         if softcap is not None and bool((scores.abs() >= softcap).any()):
             continue
         uncapped = scores if softcap is None else torch.atanh(scores / softcap) * softcap
         scale = float((uncapped * products).sum() / products.square().sum().clamp_min(1e-12))
-        misfit = float((uncapped - scale * products).abs().max() / uncapped.abs().max().clamp_min(1e-12))
-        if misfit <= TOLERANCE:
-            return visibility, scale, softcap
-    raise UnsupportedModelError(f"{name}: its scores are not scaled products of queries and keys; is a bias added?")
+        expected = scale * products if softcap is None else torch.tanh(scale * products / softcap) * softcap
+        misfit = float(((scores - expected).abs() / bound.clamp_min(1e-12)).max())
+        fits.append((misfit if softcap is None else misfit * CAP_ADVANTAGE, scale, softcap))
+    misfit, scale, softcap = min(fits, key=lambda fit: fit[0])
+    if not misfit <= 1:
+        raise UnsupportedModelError(f"{name}: its scores are not scaled products of queries and keys; is a bias added?")
+    return visibility, scale, softcap
 
 
 def _visibility(allowed_HTT: Tensor, name: str) -> Visibility:

@@ -6,29 +6,35 @@ attention means (adapt/fit.py). While it serves, those calls are answered differ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.dispatch import blank_masks
-from shardwright.adapt.fit import fit_attention
+from shardwright.adapt.fit import FittedAttention, fit_attention
 from shardwright.adapt.interception import ServingMode
 from shardwright.adapt.logits import logits_of, without_cache
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ForwardInputs, output_head, rows_before_head
-from shardwright.adapt.trace import ForwardTrace, TracingMode
+from shardwright.adapt.trace import AttentionTrace, ForwardTrace, TracingMode
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
+from shardwright.foreign_errors import described
 
 SHORT_TRACE = 13
 """Tokens of the trace that finds which calls count tokens: a number that is unlikely to be a size of the model."""
 
 LONG_TRACE = 509
-"""Tokens of the trace that is fitted, if the model takes as many: windows up to this long are seen."""
+"""Tokens of the trace that is fitted, if the model takes as many: windows up to this long are seen; the trace is
+longer for a model whose config names a longer one."""
+
+ROWS_TOLERANCE = 1e-2
+"""Largest difference of logits, relative to the largest logit, that computing fewer rows of them may make."""
 
 
 class InterceptedModel:
@@ -45,7 +51,13 @@ class InterceptedModel:
         self.module = module
         self._takes_positions = accepts(module, "position_ids")
         self._options = without_cache(module)
-        long = self._trace(min(LONG_TRACE, num_positions))  # first, so that tables that grow with the prompt are long
+        fitted: dict[int, FittedAttention] = {}
+
+        def fit(number: int, trace: AttentionTrace) -> None:
+            fitted[number] = fit_attention(trace, f"attention {number}")
+
+        # The long trace comes first, so that tables that grow with the prompt have grown.
+        long = self._trace(_long_trace(module, num_positions), fit)
         with blank_masks():
             short, again = (self._trace(min(SHORT_TRACE, num_positions)) for _ in range(2))
         if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
@@ -58,14 +70,16 @@ class InterceptedModel:
             raise UnsupportedModelError(
                 f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"
             )
-        self._attentions = [fit_attention(trace, f"attention {i}") for i, trace in enumerate(long.attentions)]
+        for number in {*range(len(long.attentions))} - {*fitted}:
+            fit(number, long.attentions[number])  # which says what is missing
+        self._attentions = [fitted[number] for number in range(len(fitted))]
         is_sdpa = all(trace.is_sdpa for trace in long.attentions)
         self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
         self.rung_reason = f"{len(self._attentions)} {how} in its own code are answered by paged attention"
         self.layers: list[LayerSpec] = [attention.spec for attention in self._attentions]
         self.groups: list[CacheGroup] = group_layers(self.layers)
-        self.head = None if short.gives_last_alone else output_head(module)
+        self.head = None if short.gives_last_alone else self._head_of_rows(min(SHORT_TRACE, num_positions))
         self._mode = ServingMode(module, short, self._attentions, num_positions)
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
@@ -80,25 +94,55 @@ class InterceptedModel:
         return logits if len(logits) == len(inputs.logits_rows) else logits[inputs.logits_rows]
 
     @torch.inference_mode()
-    def _trace(self, num_tokens: int) -> ForwardTrace:
-        device = next(self.module.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(_vocab_size(self.module), (1, num_tokens), generator=generator).to(device)
-        arguments = self._arguments(torch.arange(num_tokens, device=device))
-        mode = TracingMode(self.module, num_tokens)
+    def _trace(
+        self, num_tokens: int, understand: Callable[[int, AttentionTrace], None] = lambda *_: None
+    ) -> ForwardTrace:
+        tokens, arguments = self._example(num_tokens)
+        mode = TracingMode(self.module, num_tokens, understand)
         try:
             with mode:
                 output = self.module(tokens, **arguments)
         except UnsupportedModelError:
             raise
         except Exception as exc:
-            reason = f"its forward pass of {num_tokens} tokens fails: {type(exc).__name__}: {exc}"
+            reason = f"its forward pass of {num_tokens} tokens fails: {described(exc)}"
             raise UnsupportedModelError(reason) from exc
         mode.finish(num_logits=logits_of(output).shape[1])
         return mode.trace
 
+    @torch.inference_mode()
+    def _head_of_rows(self, num_tokens: int) -> nn.Module | None:
+        """The model's output head, if what comes after it does not mind that it computes fewer rows than tokens."""
+        head, rows = output_head(self.module), [0, num_tokens - 1]
+        tokens, arguments = self._example(num_tokens)
+        expected = logits_of(self.module(tokens, **arguments))[0, rows]
+        try:
+            with rows_before_head(head, torch.tensor(rows, device=tokens.device)):
+                actual = logits_of(self.module(tokens, **arguments))[0]
+        except Exception:  # of the model's code
+            return None
+        if actual.shape != expected.shape:
+            return None
+        return head if (actual - expected).abs().max() <= ROWS_TOLERANCE * expected.abs().max() else None
+
+    def _example(self, num_tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """Random tokens [1, T], and the arguments that go with them."""
+        device = next(self.module.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(_vocab_size(self.module), (1, num_tokens), generator=generator).to(device)
+        return tokens, self._arguments(torch.arange(num_tokens, device=device))
+
     def _arguments(self, position_ids: Tensor) -> dict[str, Any]:
         return self._options | ({"position_ids": position_ids[None]} if self._takes_positions else {})
+
+
+def _long_trace(module: nn.Module, num_positions: int) -> int:
+    """Tokens of the trace that is fitted: longer than every window that the config names and that matters."""
+    config = getattr(module, "config", None)
+    fields: dict[str, Any] = vars(config) if hasattr(config, "__dict__") else {}
+    windows = [size for name, size in fields.items() if "window" in name and isinstance(size, int)]
+    longest = max((size for size in windows if size < num_positions), default=0)
+    return min(max(LONG_TRACE, longest + SHORT_TRACE), num_positions)
 
 
 def _vocab_size(module: nn.Module) -> int:

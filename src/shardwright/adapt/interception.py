@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
-from shardwright.adapt.counting import Count, TableSlice, Use
+from shardwright.adapt.counting import TableSlice, Use
 from shardwright.adapt.fit import FittedAttention
 from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.served_model import ForwardInputs
@@ -74,12 +74,10 @@ class ServingMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._answer_sdpa(*args, **kwargs)
         if func is torch.arange:
-            place, counter.num_aranges = counter.num_aranges, counter.num_aranges + 1
-            if (use := self._trace.counts.get(Count(False, place))) is not None:
+            if (use := self._trace.counts.get(counter.next_count(None))) is not None:
                 return self._answer_arange(use, args, kwargs)
         elif (part := counter.table_slice(func, args)) is not None:
-            place, counter.num_slices = counter.num_slices, counter.num_slices + 1
-            if (use := self._trace.counts.get(Count(True, place))) is not None:
+            if (use := self._trace.counts.get(counter.next_count(args[0]))) is not None:
                 return self._answer_slice(use, args[0], part)
         elif (product := counter.product(func, args, kwargs)) is not None:
             place, counter.num_products = counter.num_products, counter.num_products + 1

@@ -20,6 +20,7 @@ from shardwright.adapt.visibility import read_visibility
 from shardwright.attention.layout import AttentionParams
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
 from shardwright.errors import UnsupportedModelError
+from shardwright.foreign_errors import described
 
 NUM_PROBE_TOKENS = 13
 """A number that is unlikely to be a size of the model, so that what is as long as the prompt stands out."""
@@ -145,7 +146,7 @@ def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bo
     except UnsupportedModelError:
         raise
     except Exception as exc:
-        raise UnsupportedModelError(f"a short forward pass failed: {type(exc).__name__}: {exc}") from exc
+        raise UnsupportedModelError(f"a short forward pass failed: {described(exc)}") from exc
     if needs_attention and not handler.calls:
         raise UnsupportedModelError("its code never calls Transformers' attention interface")
     return Probe(handler.calls, counts_positions=counting.found and "position_ids" in inputs)
@@ -162,7 +163,7 @@ def set_attention(model: nn.Module, implementation: str) -> None:
     try:
         model.set_attn_implementation(implementation)  # type: ignore[operator]
     except Exception as exc:
-        raise UnsupportedModelError(f"its attention cannot be replaced: {type(exc).__name__}: {exc}") from exc
+        raise UnsupportedModelError(f"its attention cannot be replaced: {described(exc)}") from exc
 
 
 def accepts(model: nn.Module, argument: str, *, or_any: bool = False) -> bool:

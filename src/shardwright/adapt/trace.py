@@ -9,7 +9,7 @@ of tokens in adapt/counting.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from shardwright.errors import UnsupportedModelError
 _SOFTMAXES = {torch.softmax, torch.Tensor.softmax, F.softmax}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class AttentionTrace:
     """One attention computation that was seen."""
 
@@ -44,8 +44,6 @@ class AttentionTrace:
     """Of the product with the values, among products."""
     scores: Tensor | None = None
     """[H, T, T]: what went into the softmax."""
-    weights: Tensor | None = None
-    """[H, T, T]: what came out."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of scaled_dot_product_attention: attn_mask, is_causal, scale."""
 
@@ -72,10 +70,15 @@ class TracingMode(TorchFunctionMode):
     Args:
         model: the module that runs.
         num_tokens: of the pass; best a number that occurs nowhere else in the model.
+        understand: called with the number of each attention, and the attention, once it has met its values; what it
+            holds is let go of afterwards: all scores of a model together would be most of its memory.
     """
 
-    def __init__(self, model: nn.Module, num_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, num_tokens: int, understand: Callable[[int, AttentionTrace], None] = lambda *_: None
+    ) -> None:
         super().__init__()
+        self._understand = understand
         self._follower = CountFollower(num_tokens)
         self.trace = ForwardTrace(counts=self._follower.uses)
         self._counter = CallCounter(model)
@@ -109,31 +112,35 @@ class TracingMode(TorchFunctionMode):
         """The count of tokens that a call makes, if it does."""
         counter, length = self._counter, self._num_tokens
         if func is torch.arange:
-            place, counter.num_aranges = counter.num_aranges, counter.num_aranges + 1
-            return Count(False, place) if counts_tokens(args, kwargs, length) else None
+            count = counter.next_count(None)
+            return count if counts_tokens(args, kwargs, length) else None
         if (part := counter.table_slice(func, args)) is not None:
-            place, counter.num_slices = counter.num_slices, counter.num_slices + 1
-            num_rows = args[0].shape[part.dim]
+            count, num_rows = counter.next_count(args[0]), args[0].shape[part.dim]
             if part.stop == length and num_rows >= length:
                 self.trace.num_rows = min(num_rows, self.trace.num_rows or num_rows)
-                return Count(True, place)
+                return count
         return None
 
     def _note_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
         options = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         if query.ndim < 3 or query.shape[:-3].numel() != 1 or query.shape[-2] != self._num_tokens:
             raise UnsupportedModelError(f"it attends from {tuple(query.shape)} to {tuple(key.shape)}")
-        self.trace.attentions.append(
-            AttentionTrace(
-                is_sdpa=True,
-                place=self._counter.num_sdpa,
-                query=query.detach().flatten(0, -3),
-                key=key.detach().flatten(0, -3),
-                value=value.detach().flatten(0, -3),
-                options=options,
-            )
+        attention = AttentionTrace(
+            is_sdpa=True,
+            place=self._counter.num_sdpa,
+            query=query.detach().flatten(0, -3),
+            key=key.detach().flatten(0, -3),
+            value=value.detach().flatten(0, -3),
+            options=options,
         )
         self._counter.num_sdpa += 1
+        self.trace.attentions.append(attention)
+        self._complete(attention)
+
+    def _complete(self, attention: AttentionTrace) -> None:
+        self._understand(self.trace.attentions.index(attention), attention)
+        attention.query = attention.key = attention.value = attention.scores = attention.query.new_empty(0)
+        attention.options = {}
 
     def _trace_product(self, func: Any, args: Any, kwargs: Any, product: Product) -> Any:
         place, self._counter.num_products = self._counter.num_products, self._counter.num_products + 1
@@ -141,8 +148,9 @@ class TracingMode(TorchFunctionMode):
         followed = _followed((*args, *kwargs.values()))
         result = func(*args, **kwargs)
         if followed is not None:  # the weights meet the values
-            if followed.weights is not None and followed.value is None and isinstance(product.left, Followed):
+            if followed.scores is not None and followed.value is None and isinstance(product.left, Followed):
                 followed.value, followed.value_place = _plain(product.right).detach(), place
+                self._complete(followed)
             return _plain(result)
         shape = (product.left.shape[1], product.right.shape[2])
         if shape != (self._num_tokens, self._num_tokens):
@@ -170,13 +178,12 @@ class Followed(Tensor):
             result = func(*args, **kwargs)
         if attention is None or not isinstance(result, Tensor):
             return result
-        if func in _SOFTMAXES:
+        if func in _SOFTMAXES and attention.scores is None:
             length = attention.query.shape[1]
             scores = _plain(args[0] if args else kwargs["input"])
             if scores.shape[-1] != length or scores.numel() != attention.query.shape[0] * length * length:
                 raise UnsupportedModelError(f"its softmax is over {tuple(scores.shape)}, not over the positions alone")
             attention.scores = scores.detach().clone().reshape(-1, length, length)
-            attention.weights = _plain(result).detach().reshape(-1, length, length)
         return _follow(result, attention)
 
 

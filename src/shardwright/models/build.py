@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shardwright.config import DType
 from shardwright.errors import ModelSourceError, UnsupportedModelError
+from shardwright.foreign_errors import described
 from shardwright.loading.checkpoint import checkpoint_dtype
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def load_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     if not isinstance(raw, dict):
         raise ModelSourceError(f"{path / 'config.json'} holds no JSON object: it is no model config")
     model_type, auto_map = raw.get("model_type"), raw.get("auto_map") or {}
+    files = ", ".join(sorted({f"{reference.split('.')[0]}.py" for reference in auto_map.values()}))
     if auto_map and not trust_remote_code and model_type not in CONFIG_MAPPING:
-        files = ", ".join(sorted({f"{reference.split('.')[0]}.py" for reference in auto_map.values()}))
         raise ModelSourceError(
             f"{path} brings its own modeling code ({files}), which would run on this machine: "
             "read it, then pass --trust-remote-code (trust_remote_code=True) if you trust it"
@@ -57,7 +58,8 @@ def load_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as exc:
-        raise ModelSourceError(f"the config of {path} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+        what = f"own code of {path} ({files})" if auto_map else f"config of {path}"
+        raise ModelSourceError(f"the {what} cannot be loaded: {described(exc)}") from exc
     return config
 
 
@@ -119,7 +121,7 @@ def construct(
             _round_buffers(model, _construct(auto_class, copy.deepcopy(config), torch.float32, options))
     except Exception as exc:
         raise UnsupportedModelError(
-            f"the code of {config.model_type!r} failed while it built the model: {type(exc).__name__}: {exc}"
+            f"the code of {config.model_type!r} failed while it built the model: {described(exc)}"
         ) from exc
     model.eval()
     return model

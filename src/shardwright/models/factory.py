@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from shardwright.errors import ModelSourceError, UnsupportedModelError
+from shardwright.foreign_errors import described
 from shardwright.models.resolve import FACTORY_FILE
-from shardwright.models.user_code import described, import_file, import_named, importing_from
+from shardwright.models.user_code import import_file, import_named, importing_from
 
 logger = logging.getLogger(__name__)
 

@@ -153,11 +153,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool, revision: str |
     directory = resolve_directory(str(path), revision=revision, weights=False)
     from transformers import AutoTokenizer
 
+    from shardwright.models.build import load_config
+
     try:
         hf_tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as exc:  # readers of many formats, each with errors of its own
+        if trust_remote_code and (directory / "config.json").is_file():
+            load_config(directory, trust_remote_code=True)  # fails if it is the model's own code that cannot be loaded
         raise ModelSourceError(_no_tokenizer(directory, exc, trust_remote_code)) from exc
     return Tokenizer(hf_tokenizer)
 

@@ -8,8 +8,6 @@ import importlib.util
 import os
 import pkgutil
 import sys
-import sysconfig
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -17,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from shardwright.errors import ModelSourceError
+from shardwright.foreign_errors import described, where
 
 
 def import_named(name: str) -> ModuleType:
@@ -77,26 +76,6 @@ def importing_from(folder: Path) -> Iterator[None]:
             origin = getattr(sys.modules[name], "__file__", None)
             if origin and Path(origin).is_relative_to(folder):
                 _owners[name] = folder
-
-
-def where(exc: BaseException) -> str:
-    """File and line where user code raised, as ` (file:line)`; nothing if it was not in a file."""
-    if isinstance(exc, SyntaxError) and exc.filename:
-        return f" ({exc.filename}:{exc.lineno})"
-    frames = [f for f in traceback.extract_tb(exc.__traceback__) if not f.filename.startswith("<")]
-    outside = [f for f in frames if not Path(f.filename).is_relative_to(_PACKAGE)]
-    users = [f for f in outside if not any(Path(f.filename).is_relative_to(library) for library in _LIBRARIES)]
-    return f" ({(users or outside)[-1].filename}:{(users or outside)[-1].lineno})" if outside else ""
-
-
-def described(exc: BaseException) -> str:
-    """An exception on one line: its type, what it says, and where it was raised."""
-    said = " ".join((exc.msg if isinstance(exc, SyntaxError) else str(exc)).split())
-    return f"{type(exc).__name__}{f': {said}' if said else ''}{where(exc)}"
-
-
-_PACKAGE = Path(__file__).parents[1]
-_LIBRARIES = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
 def _import_failed(name: str, exc: BaseException) -> str:

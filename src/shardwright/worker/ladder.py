@@ -16,6 +16,7 @@ from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.native import make_backend
 from shardwright.errors import UnsupportedModelError
+from shardwright.foreign_errors import described
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import PerRequestModel, RecomputingModel
 from shardwright.worker.self_check import check_logits, plain_logits
@@ -93,8 +94,10 @@ def climb(
             reasons[f"not {rung}: {exc}"] = None
             continue
         except Exception as exc:  # the model's code may fail in any way on a path that its author never took
-            reasons[f"not {rung}: {type(exc).__name__}: {exc}"] = None
+            reasons[f"not {rung}: {described(exc)}"] = None
             continue
+        if isinstance(model, PackedModel):
+            model.is_checked = True
         if isinstance(model, RecomputingModel):
             logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
         return model

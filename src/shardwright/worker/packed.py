@@ -1,17 +1,28 @@
-"""Steps on the paged cache: all sequences packed into one forward pass."""
+"""Steps on the paged cache: all sequences packed into one forward pass.
+
+Should the model's code do in some step what it did not do when it was looked at, then what is in the cache is of no
+use, and the model serves on without it.
+"""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
 
 from shardwright.adapt.intercepted_model import InterceptedModel
+from shardwright.adapt.probe import set_attention
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import bytes_per_block
+from shardwright.errors import UnsupportedModelError
 from shardwright.worker.inputs import build_inputs
+from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.step import Ints, StepTables
+
+logger = logging.getLogger(__name__)
 
 
 class PackedModel:
@@ -46,6 +57,9 @@ class PackedModel:
         self._dtype = dtype
         self._device = device
         self._cache: KVCache | None = None
+        self._recomputing: RecomputingModel | None = None
+        self.is_checked = False
+        """Whether it gave the right logits once; until then, a failure is one."""
 
     def bytes_per_block(self, block_size: int) -> int:
         return bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
@@ -62,8 +76,17 @@ class PackedModel:
 
     def compute(self, step: StepTables) -> Tensor:
         assert self._cache is not None, "allocate comes first"
-        inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
-        return self.served.forward(inputs, self._cache, self._backend)
+        if self._recomputing is None:
+            inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
+            try:
+                return self.served.forward(inputs, self._cache, self._backend)
+            except UnsupportedModelError as exc:
+                if not self.is_checked:
+                    raise
+                logger.warning("from now on every step computes whole sequences, one at a time: %s", exc)
+                set_attention(self.served.module, "eager")
+                self._recomputing = RecomputingModel(self.served.module, str(exc), device=self._device)
+        return self._recomputing.compute(step)
 
     def release(self, rows: list[int]) -> None:
         """Nothing to do: blocks are the scheduler's."""

@@ -1,14 +1,15 @@
 """Before serving: does the served model give the logits of the model as its author wrote it?
 
 Two short random sequences run through the module's own plain forward pass, one by one, and through ours, together in
-two steps (a part of the prompts, then the rest; or whole prompts, then a decode). What the module assumes silently,
-such as positions counted by itself, a mask of its own, layers that mix tokens of a batch, or a cache that is not what
-the plain pass computes, shows here instead of in a user's text.
+a few steps (parts of the prompts, then a single token; or whole prompts, then a decode). What the module assumes
+silently, such as positions counted by itself, a mask of its own, layers that mix tokens of a batch, or a cache that is
+not what the plain pass computes, shows here instead of in a user's text.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,12 +17,17 @@ from torch import Tensor, nn
 
 from shardwright.adapt.logits import own_logits
 from shardwright.errors import UnsupportedModelError
+from shardwright.foreign_errors import described
 from shardwright.worker.step import Ints, StepModel, StepTables
 
 logger = logging.getLogger(__name__)
 
 LENGTHS = (9, 6)
-FIRST_STEP = (5, 5)
+STEPS = ((5, 5), (8, 6), LENGTHS)
+"""Up to where the sequences are computed, step by step; the last step is of one token."""
+
+WHOLE_STEPS = ((8, 5), LENGTHS)
+"""For models that take prompts whole."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Root mean square of the differences between logits, against the logits' standard deviation. Half-precision types
@@ -42,7 +48,7 @@ def plain_logits(module: nn.Module, *, vocab_size: int) -> Tensor:
     except UnsupportedModelError:
         raise
     except Exception as exc:
-        raise UnsupportedModelError(f"its forward pass fails: {type(exc).__name__}: {exc}") from exc
+        raise UnsupportedModelError(f"its forward pass fails: {described(exc)}") from exc
     if logits.shape[1] < vocab_size:
         raise UnsupportedModelError(
             f"its forward returns {logits.shape[1]:,} numbers for a token, but its config has a vocabulary of "
@@ -65,14 +71,13 @@ def check_logits(model: StepModel, expected: Tensor, *, vocab_size: int, block_s
     Raises: UnsupportedModelError if it is over the tolerance of the dtype, or a step fails.
     """
     sequences = _sequences(vocab_size)
-    ends = list(LENGTHS)
-    steps = [list(FIRST_STEP), ends] if model.takes_chunks else [[end - 1 for end in ends], ends]
     try:
-        actual = _stepwise_logits(model, sequences, steps, block_size)
+        actual = _stepwise_logits(model, sequences, STEPS if model.takes_chunks else WHOLE_STEPS, block_size)
     except UnsupportedModelError:
         raise
     except Exception as exc:
-        raise UnsupportedModelError(f"its code fails in a step of two requests: {type(exc).__name__}: {exc}") from exc
+        raise UnsupportedModelError(f"its code fails in a step of two requests: {described(exc)}") from exc
+    expected = expected[1:]
     difference = float((expected - actual).square().mean().sqrt() / expected.std().clamp_min(1e-6))
     logger.debug("%s: logits differ by %.2g of their spread from the module's own", model.rung, difference)
     if not difference <= TOLERANCE[dtype]:
@@ -96,9 +101,17 @@ def _sequences(vocab_size: int) -> list[Ints]:
 
 
 def _stepwise_logits(
-    model: StepModel, sequences: list[Ints], steps: list[list[int]], block_size: int, *, last_only: bool = False
+    model: StepModel,
+    sequences: list[Ints],
+    steps: Sequence[Sequence[int]],
+    block_size: int,
+    *,
+    last_only: bool = False,
 ) -> Tensor:
-    """Logits of all sequences, one after another, computed together in steps up to the lengths that `steps` gives."""
+    """Logits of all sequences, one after another, computed together in steps up to the lengths that `steps` gives.
+
+    Those of the very first token are left out: a model must not mind that fewer are wanted than there are tokens.
+    """
     num_rows, longest = len(sequences), max(map(len, sequences))
     blocks_per_row = -(-longest // block_size)
     table = np.arange(num_rows * blocks_per_row, 0, -1, dtype=np.int32).reshape(num_rows, blocks_per_row)
@@ -108,20 +121,24 @@ def _stepwise_logits(
         token_rows[row, : len(tokens)] = tokens
     pieces: list[list[Tensor]] = [[] for _ in sequences]
     starts = np.zeros(num_rows, dtype=np.int64)
-    for lengths in steps:
+    for number, lengths in enumerate(steps):
         ends = np.array(lengths, dtype=np.int64)
-        counts = ends - starts
+        rows = np.flatnonzero(ends > starts)
+        counts = (ends - starts)[rows]
+        step_ends = np.cumsum(counts)
+        wanted = step_ends - 1 if last_only else np.arange(int(number == 0), counts.sum())
         step = StepTables(
             token_rows=token_rows,
             block_tables=[table + group * table.size for group in range(len(model.groups))],  # groups share lanes
-            rows=np.arange(num_rows),
-            num_computed=starts,
+            rows=rows,
+            num_computed=starts[rows],
             num_tokens=counts,
-            logits_rows=np.cumsum(counts) - 1 if last_only else np.arange(counts.sum()),
+            logits_rows=wanted,
         )
         logits = model.compute(step).float()
-        for row, piece in enumerate(logits.split([1] * num_rows if last_only else counts.tolist())):
-            pieces[row].append(piece)
+        owners = torch.from_numpy(rows[np.searchsorted(step_ends, wanted, side="right")]).to(logits.device)
+        for row in rows.tolist():
+            pieces[row].append(logits[owners == row])
         starts = ends
     model.release(list(range(num_rows)))
     return torch.cat([torch.cat(row) for row in pieces])
