@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "async_llm": LEAVES | {"engine", "models"},
     "bench": LEAVES | {"llm", "engine"},
     "server": LEAVES | {"async_llm", "engine", "models"},
-    "cli": LEAVES | {"bench", "llm", "server", "models", "worker"},
+    "cli": LEAVES | {"bench", "llm", "server", "models", "pooling", "worker"},
     "__init__": LEAVES | {"llm", "async_llm"},
     "__main__": {"cli"},
 }

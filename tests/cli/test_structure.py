@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 import torch
+from tests.pooling.models import roberta_config, save
 from torch import nn
+from transformers import RobertaForMaskedLM
 
 from shardwright.cli.structure import joined_name, structure_tree
 
@@ -102,3 +104,12 @@ def test_inspect_counts_states_by_request(shardwright: Shardwright, tmp_path: Pa
 @pytest.mark.parametrize("depth", ["-1", "x"])
 def test_depth_is_a_whole_number(shardwright: Shardwright, depth: str) -> None:
     assert shardwright("inspect", "m", "--depth", depth).code == 2
+
+
+def test_inspect_shows_an_encoder_as_it_would_be_served(shardwright: Shardwright, tmp_path: Path) -> None:
+    save(RobertaForMaskedLM, roberta_config(), tmp_path)
+    document = shardwright("inspect", str(tmp_path), "--json").json
+    assert (document["task"], document["architecture"], document["max_model_len"]) == ("embed", "RobertaModel", 62)
+    assert document["attention"] == {"rung": "none", "reason": "texts are read whole, without a cache"}
+    assert [group["kind"] for group in document["cache_groups"]] == ["none"]
+    assert "attention: none: texts are read whole" in shardwright("inspect", str(tmp_path)).stdout

@@ -17,13 +17,15 @@ from shardwright.config import EngineConfig
 from shardwright.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
     from shardwright.adapt.served_model import ServedModel
     from shardwright.cli.structure import Node
+    from shardwright.worker.blueprint import Blueprint
     from shardwright.worker.step import StepModel
 
-FLAGS = ("revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len")
+FLAGS = ("task", "revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len")
 
 EXAMPLES = examples(
     "shardwright inspect smollm2-135m",
@@ -63,15 +65,30 @@ def inspect(
 def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
     """What `inspect --json` says, and its tree. Raises a UsageError if the model cannot be built."""
     from shardwright.cli.structure import structure_tree
+    from shardwright.models.task import resolve_task
+    from shardwright.pooling.build import build_reader
+    from shardwright.pooling.lengths import longest_text
     from shardwright.worker.blueprint import Blueprint
 
     blueprint = Blueprint.of(config.model)
-    module = blueprint.build(blueprint.dtype)
+    module: nn.Module
+    task, max_model_len = "generate", blueprint.max_model_len
+    if blueprint.custom is None and blueprint.path is not None:
+        task = resolve_task(config.model.task, blueprint.config, blueprint.path)
+    if task == "generate":
+        module = blueprint.build(blueprint.dtype)
+    else:
+        assert blueprint.path is not None
+        reader = build_reader(config.model, blueprint.config, blueprint.dtype, classifies=task == "classify")
+        reader.tie_weights(recompute_mapping=False)
+        module = reader
+        max_model_len = longest_text(config.model.max_model_len, module, blueprint.config, blueprint.path)
     tree = structure_tree(module)
     text_config = blueprint.config.get_text_config()
     report: dict[str, Any] = {
         "model": config.model.model,
         "path": str(blueprint.path or ""),
+        "task": task,
         "model_type": blueprint.config.model_type,
         "architecture": type(module).__name__,
         "dtype": str(blueprint.dtype).removeprefix("torch."),
@@ -79,20 +96,28 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
         "weight_bytes": tree.num_bytes,
         "num_layers": getattr(text_config, "num_hidden_layers", None),
         "vocab_size": text_config.vocab_size,
-        "max_model_len": blueprint.max_model_len,
+        "max_model_len": max_model_len,
     }
-    try:
-        served = blueprint.capture_attention(num_parameters=tree.num_parameters)
-    except UnsupportedModelError as error:
-        rung = "per-request" if blueprint.is_large(tree.num_parameters) else None
-        report |= {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": []}
+    if task == "generate":
+        report |= describe_serving(blueprint, num_parameters=tree.num_parameters)
     else:
-        report |= describe_attention(served)
-        report["cache_groups"] = [
-            *paged_groups(served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len),
-            *state_groups(served, blueprint.config),
-        ] or [cache_group("none")]
+        how = {"rung": "none", "reason": "texts are read whole, without a cache"}
+        report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": []}
     return report, tree
+
+
+def describe_serving(blueprint: Blueprint, *, num_parameters: int) -> dict[str, Any]:
+    """How the attention of a model that generates would be captured, and what its cache needs."""
+    try:
+        served = blueprint.capture_attention(num_parameters=num_parameters)
+    except UnsupportedModelError as error:
+        rung = "per-request" if blueprint.is_large(num_parameters) else None
+        return {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": []}
+    groups = [
+        *paged_groups(served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len),
+        *state_groups(served, blueprint.config),
+    ]
+    return {**describe_attention(served), "cache_groups": groups or [cache_group("none")]}
 
 
 def describe_attention(served: StepModel | ServedModel) -> dict[str, Any]:

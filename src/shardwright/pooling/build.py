@@ -1,4 +1,4 @@
-"""The module that reads texts, with its weights: the body of a model without its head, or a classifier."""
+"""The module that reads texts, and its weights: the body of a model without its head, or a classifier."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from shardwright.models.build import construct
 
 
 def build_reader(
-    options: ModelConfig, config: PretrainedConfig, path: Path, dtype: torch.dtype, *, classifies: bool
+    options: ModelConfig, config: PretrainedConfig, dtype: torch.dtype, *, classifies: bool
 ) -> PreTrainedModel:
-    """A module in eval mode, on the CPU.
+    """The module in eval mode, its parameters on "meta".
 
     Args:
         options: of the user.
         config: of the model; becomes the module's own.
-        path: the model's directory.
-        dtype: of the weights.
+        dtype: of parameters.
         classifies: whether a classifier is wanted rather than hidden states.
 
-    Raises: ModelSourceError if there is no such module for the config; what building and loading raise.
+    Raises: ModelSourceError if there is no such module for the config; UnsupportedModelError if its code fails.
     """
     auto_class: Any = AutoModel
     if classifies:
@@ -50,8 +49,31 @@ def build_reader(
     may_lack_pooler = "add_pooling_layer" in inspect.signature(type(module).__init__).parameters
     if not classifies and may_lack_pooler and "pooler" in dict(module.named_children()):
         module.register_module("pooler", None)  # a head for pre-training, which many checkpoints lack
+    return module.requires_grad_(False)
+
+
+def fill_reader(
+    module: PreTrainedModel, options: ModelConfig, weights: Path, dtype: torch.dtype, *, is_part: bool
+) -> None:
+    """Load a module's weights, or make random ones if the user asked for that.
+
+    Args:
+        module: from `build_reader`.
+        options: of the user.
+        weights: folder or file of the checkpoint.
+        dtype: of the weights.
+        is_part: the checkpoint may hold more, such as a head that is not used.
+
+    Raises: CheckpointError.
+    """
     if options.load_format == "dummy":
         load_dummy_weights(module)
     else:
-        load_weights(module, path, dtype, is_part=not classifies, load_format=options.load_format)
-    return module.requires_grad_(False)
+        load_weights(
+            module,
+            weights,
+            dtype,
+            is_part=is_part,
+            load_format=options.load_format,
+            weight_map=options.weight_map,
+        )

@@ -14,20 +14,21 @@ from shardwright.models.build import max_positions
 DEFAULT_LENGTH = 4096
 """For models that name no limit."""
 
-MOST_TOKENIZER_LENGTH = 1 << 20
-"""A tokenizer's limit beyond this stands for none."""
+NO_LIMIT = 1 << 20
+"""A tokenizer's limit from here on stands for none."""
 
 
-def longest_text(
-    asked: int | None, module: nn.Module, config: PretrainedConfig, path: Path, *, trained: int | None
-) -> int:
+LIMITS = (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length"))
+"""Files that may say how long the texts were that a model was trained on."""
+
+
+def longest_text(asked: int | None, module: nn.Module, config: PretrainedConfig, path: Path) -> int:
     """Most tokens of a text.
 
     Args:
         asked: by the user.
         module, config: of the model.
-        path: its directory, where the tokenizer may have a limit too.
-        trained: what sentence-transformers' files say.
+        path: its directory.
 
     Raises: ConfigError if more is asked for than the module has positions.
     """
@@ -36,8 +37,8 @@ def longest_text(
         if positions is not None and asked > positions:
             raise ConfigError(f"max_model_len is {asked:,} but the model has {positions:,} positions: lower it")
         return asked
-    limits = [limit for limit in (positions, trained, tokenizer_limit(path)) if limit is not None]
-    return min(limits, default=DEFAULT_LENGTH)
+    limits = (positions, *(read_limit(path / file, key) for file, key in LIMITS))
+    return min((limit for limit in limits if limit is not None), default=DEFAULT_LENGTH)
 
 
 def usable_positions(module: nn.Module, config: PretrainedConfig) -> int | None:
@@ -52,10 +53,10 @@ def usable_positions(module: nn.Module, config: PretrainedConfig) -> int | None:
     return positions
 
 
-def tokenizer_limit(path: Path) -> int | None:
-    """Longest text that a directory's tokenizer was made for; None if it does not say."""
+def read_limit(file: Path, key: str) -> int | None:
+    """A number of tokens in a JSON file; None if it does not say."""
     try:
-        limit = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
+        limit = json.loads(file.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError):
         return None
-    return int(limit) if isinstance(limit, (int, float)) and 0 < limit < MOST_TOKENIZER_LENGTH else None
+    return int(limit) if isinstance(limit, (int, float)) and 0 < limit < NO_LIMIT else None

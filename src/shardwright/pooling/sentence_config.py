@@ -2,7 +2,6 @@
 
 modules.json                       what comes after the model, in order, each with its folder
 1_Pooling/config.json              which tokens make the embedding
-sentence_bert_config.json          longest text
 config_sentence_transformers.json  sizes that the embedding may be cut to
 """
 
@@ -54,8 +53,6 @@ class SentenceConfig:
     """Ways of pooling in the files' words, one after another in the embedding; None: the files name none."""
     tail: list[tuple[str, Path]] = field(default_factory=list)
     """What comes after pooling: Dense or Normalize, with its folder."""
-    max_seq_length: int | None = None
-    """Longest text, in tokens."""
     truncate_dim: int | None = None
     """Numbers of an embedding that are used."""
     dimensions: list[int] | None = None
@@ -96,12 +93,10 @@ def read_sentence_config(path: Path) -> SentenceConfig | None:
     if prompt := (options.get("prompts") or {}).get(options.get("default_prompt_name")):
         logger.warning("%s: texts shall begin with %r, which is not put before them: do it yourself", path, prompt)
     pooling = next((_read(folder / "config.json", dict) for kind, folder in modules if kind == "Pooling"), None)
-    length = _read(path / "sentence_bert_config.json", dict, missing={}).get("max_seq_length")
     truncate_dim = options.get("truncate_dim")
     return SentenceConfig(
         modes=None if pooling is None else _modes(pooling),
         tail=[(kind, folder) for kind, folder in modules if kind in ("Dense", "Normalize")],
-        max_seq_length=length if isinstance(length, int) else None,
         truncate_dim=truncate_dim,
         dimensions=[] if truncate_dim is not None else nested_dimensions(options),
     )

@@ -15,9 +15,10 @@ from shardwright.config import EngineConfig, PoolingConfig
 from shardwright.engine.messages import EngineInfo, PoolingInfo, PoolingRequest
 from shardwright.errors import UnsupportedModelError
 from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
+from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import weight_bytes
 from shardwright.models.build import resolve_dtype
-from shardwright.pooling.build import build_reader
+from shardwright.pooling.build import build_reader, fill_reader
 from shardwright.pooling.check import choose_batching, read_ahead
 from shardwright.pooling.embedding import EmbeddingHead
 from shardwright.pooling.lengths import longest_text
@@ -46,9 +47,11 @@ class PoolingWorker:
     def __init__(self, config: EngineConfig, path: Path, model_config: PretrainedConfig, *, classifies: bool) -> None:
         started = time.perf_counter()
         device = resolve_device(config.model.device)
-        dtype = resolve_dtype(config.model.dtype, model_config, path)
+        weights = checkpoint_path(config.model.weights or path)
+        dtype = resolve_dtype(config.model.dtype, model_config, weights)
         sentence = (None if classifies else read_sentence_config(path)) or WITHOUT_FILES
-        module = build_reader(config.model, model_config, path, dtype, classifies=classifies)
+        module = build_reader(config.model, model_config, dtype, classifies=classifies)
+        fill_reader(module, config.model, weights, dtype, is_part=not classifies)
         torch.nn.Module.to(module, device)
         if device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products():
             upcast_linears(module)
@@ -75,9 +78,7 @@ class PoolingWorker:
             num_parameters=sum(p.numel() for p in module.parameters()),
             weight_bytes=weight_bytes(module),
             vocab_size=vocab_size,
-            max_model_len=longest_text(
-                config.model.max_model_len, module, model_config, path, trained=sentence.max_seq_length
-            ),
+            max_model_len=longest_text(config.model.max_model_len, module, model_config, path),
             block_size=config.cache.block_size,
             num_blocks=0,
             kv_cache_bytes=0,
