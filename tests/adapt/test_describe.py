@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -134,21 +135,34 @@ def test_vocabulary_that_is_not_the_forwards_is_refused() -> None:
         describe(make_gpt(), vocab_size=97)
 
 
-def test_code_that_looks_at_values_is_described_by_its_tables() -> None:
-    def look(self: Net, ids: Tensor) -> Tensor:
-        return self.table(arange(ids)) if ids.max() > 0 else torch.zeros(())
+def looks_at_values(self: Net, ids: Tensor) -> Tensor:
+    return self.table[: ids.shape[1]] if ids.max() > 0 else torch.zeros(())
 
-    module = Net(look, table=nn.Embedding(50, WIDTH), types=nn.Embedding(2, 3))
+
+def works_for_some(self: Net, ids: Tensor) -> Tensor:
+    raise ValueError("only for tokens that I like")
+
+
+@pytest.mark.parametrize("context", [parameters_on_meta, torch.no_grad])
+def test_code_that_looks_at_values_runs_with_zeros_for_weights(context: Any) -> None:
+    with context():
+        module = Net(looks_at_values, table=nn.Parameter(torch.ones(50, WIDTH)))
+    assert (describe(module).vocab_size, limit(module)) == (VOCAB, 50)
+    assert module.table.is_meta is (context is parameters_on_meta)
+
+
+def test_code_that_does_not_run_is_described_by_its_tables() -> None:
+    module = Net(works_for_some, table=nn.Embedding(50, WIDTH), types=nn.Embedding(2, 3))
     assert (describe(module).vocab_size, limit(module)) == (VOCAB, 50)
 
 
 def test_vocabulary_that_cannot_be_told() -> None:
     class Odd(nn.Module):
         def forward(self, ids: Tensor) -> Tensor:
-            return torch.zeros(1, ids.max().item() + 1, 5)
+            raise ValueError("odd")
 
     with pytest.raises(
-        UnsupportedModelError, match=r"vocabulary of Odd cannot be told, .* \(.*\): .* an attribute vocab_size"
+        UnsupportedModelError, match=r"of Odd cannot be told: .* \(ValueError: odd\): .* an attribute vocab_size"
     ):
         describe(Odd())
     module = Odd()
@@ -179,3 +193,17 @@ def test_transformers_models_bring_their_config() -> None:
     with parameters_on_meta():
         module = LlamaForCausalLM(config)
     assert describe(module) is module.config
+
+
+def test_layers_that_go_from_token_to_token_are_not_waited_for() -> None:
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+        def forward(self, ids: Tensor) -> Any:
+            return self.head(self.rnn(self.tokens(ids))[0])
+
+    started = time.perf_counter()
+    assert limit(Recurrent()) is None
+    assert time.perf_counter() - started < 10

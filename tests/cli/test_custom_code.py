@@ -59,7 +59,7 @@ def test_function_is_named_and_its_weights_renamed(shardwright: Shardwright) -> 
         (("handmad:HandmadeGPT",), "error: there is no module 'handmad' in"),
         (
             ("handmade:Attention",),
-            "error: handmade:Attention: the vocabulary of Attention cannot be told, for its forward fails",
+            "error: handmade:Attention: the vocabulary of Attention cannot be told: its forward fails",
         ),
         (("handmade:VOCAB",), "error: handmade: VOCAB is a int, not a function that returns a module"),
         (
