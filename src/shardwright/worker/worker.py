@@ -22,6 +22,7 @@ from shardwright.worker.memory import kv_cache_budget, plan_cache
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
 from shardwright.worker.self_check import run_largest_step
 from shardwright.worker.step import StepModel
+from shardwright.worker.threads import one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +130,16 @@ def adapt(module: nn.Module, blueprint: Blueprint, config: EngineConfig, device:
         upcast_linears(module)
         compute_dtype = torch.float32
     try:
-        return climb(
-            module,
-            num_positions=blueprint.max_model_len,
-            vocab_size=blueprint.vocab_size,
-            block_size=config.cache.block_size,
-            dtype=blueprint.dtype,
-            compute_dtype=compute_dtype,
-            device=device,
-        )
+        with one_thread():
+            return climb(
+                module,
+                num_positions=blueprint.max_model_len,
+                vocab_size=blueprint.vocab_size,
+                block_size=config.cache.block_size,
+                dtype=blueprint.dtype,
+                compute_dtype=compute_dtype,
+                device=device,
+            )
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"
         raise UnsupportedModelError(f"{name} cannot be served: {exc}") from exc
