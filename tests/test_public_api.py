@@ -23,6 +23,7 @@ ENGINE_OPTIONS = {
     "max_model_len": None,
     "device": "auto",
     "seed": 0,
+    "task": "auto",
     "block_size": 16,
     "kv_cache_memory_bytes": None,
     "gpu_memory_utilization": 0.9,
@@ -31,6 +32,8 @@ ENGINE_OPTIONS = {
     "max_num_batched_tokens": None,
     "enable_chunked_prefill": True,
     "scheduling_policy": "fcfs",
+    "pooling": "auto",
+    "normalize": None,
 }
 
 SAMPLING_FIELDS = {
@@ -83,8 +86,13 @@ def test_sampling_fields_keep_names_and_defaults() -> None:
         (shardwright.LLM.generate, ["prompts", "sampling_params", "use_tqdm"]),
         (shardwright.LLM.chat, ["messages", "sampling_params", "use_tqdm", "template_kwargs"]),
         (shardwright.LLM.stream, ["prompts", "sampling_params"]),
+        (shardwright.LLM.embed, ["prompts", "dimensions", "truncate_prompt_tokens", "use_tqdm"]),
+        (shardwright.LLM.classify, ["prompts", "truncate_prompt_tokens", "use_tqdm"]),
+        (shardwright.LLM.score, ["text_1", "text_2", "truncate_prompt_tokens", "use_tqdm"]),
         (shardwright.LLM.close, []),
         (shardwright.AsyncLLM.generate, ["prompt", "sampling_params", "request_id", "priority", "stream"]),
+        (shardwright.AsyncLLM.embed, ["prompts", "dimensions", "truncate_prompt_tokens"]),
+        (shardwright.AsyncLLM.classify, ["prompts", "truncate_prompt_tokens"]),
         (shardwright.AsyncLLM.abort, ["request_id"]),
         (shardwright.AsyncLLM.close, []),
     ],

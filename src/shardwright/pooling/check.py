@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shardwright.engine.messages import PoolingRequest
 from shardwright.errors import UnsupportedModelError
+from shardwright.foreign_errors import described
 from shardwright.pooling.batching import Batching
 from shardwright.pooling.model import PoolingModel, padded_inputs
 
@@ -36,7 +37,7 @@ def read_ahead(module: PreTrainedModel, *, vocab_size: int) -> tuple[int, bool]:
         inputs = [padded_inputs([request], module.config, module.device)[0] for request in requests]
         first, second = (module(**one).last_hidden_state[0, :-1] for one in inputs)
     except Exception as exc:  # the module's code may fail in any way
-        raise UnsupportedModelError(f"its forward pass fails: {type(exc).__name__}: {exc}") from exc
+        raise UnsupportedModelError(f"its forward pass fails: {described(exc)}") from exc
     return first.shape[-1], _difference(first, second) > TOLERANCE[first.dtype]
 
 
@@ -49,13 +50,13 @@ def choose_batching(model: PoolingModel, *, vocab_size: int) -> Batching:
     try:
         alone = torch.cat([model.compute([text]) for text in texts])
     except Exception as exc:
-        raise UnsupportedModelError(f"its forward pass fails: {type(exc).__name__}: {exc}") from exc
+        raise UnsupportedModelError(f"its forward pass fails: {described(exc)}") from exc
     for batching, chosen in ((Batching.PADDED, [0, 1, 2]), (Batching.EQUAL, [0, 2])):
         try:
             difference = _difference(alone[chosen], model.compute([texts[i] for i in chosen]))
             reason = f"results differ by {difference:.2g}"
         except Exception as exc:
-            difference, reason = float("inf"), f"{type(exc).__name__}: {exc}"
+            difference, reason = float("inf"), described(exc)
         if difference <= TOLERANCE[model.module.dtype]:
             return batching
         logger.warning("texts are not read together %s: %s", batching, reason)
