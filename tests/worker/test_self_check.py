@@ -86,6 +86,13 @@ def test_code_that_does_not_run_is_refused() -> None:
         climbed(make_tale(Speechless))
 
 
+@pytest.mark.parametrize("model_type", ["gptj", "codegen"])
+def test_code_that_adds_a_mask_of_transformers_is_packed(model_type: str) -> None:
+    """The mask would tell packed sequences apart by itself, on another path than for one."""
+    module = make_model(model_type, n_embd=64, n_head=4, n_layer=2, rotary_dim=8)
+    assert climbed(module).rung is AttentionRung.DATAFLOW
+
+
 @pytest.mark.parametrize(("model_type", "config"), [("doge", {}), ("bloom", {"n_head": 4, "n_layer": 2})])
 def test_models_that_cannot_be_packed_keep_their_own_cache(model_type: str, config: dict[str, object]) -> None:
     module = make_model(model_type, **config)

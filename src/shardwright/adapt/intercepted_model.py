@@ -112,8 +112,14 @@ class InterceptedModel:
 
     @torch.inference_mode()
     def _head_of_rows(self, num_tokens: int) -> nn.Module | None:
-        """The model's output head, if what comes after it does not mind that it computes fewer rows than tokens."""
-        head, rows = output_head(self.module), [0, num_tokens - 1]
+        """The module that makes the logits, if what comes after it does not mind that it makes fewer than tokens.
+
+        It is the one that the model names, else the last linear with an output for each token id.
+        """
+        vocab_size = _vocab_size(self.module)
+        linears = [m for m in self.module.modules() if isinstance(m, nn.Linear) and m.out_features == vocab_size]
+        head = output_head(self.module) or (linears[-1] if linears else None)
+        rows = [0, num_tokens - 1]
         tokens, arguments = self._example(num_tokens)
         expected = logits_of(self.module(tokens, **arguments))[0, rows]
         try:

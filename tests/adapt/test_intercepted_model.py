@@ -1,0 +1,76 @@
+"""What is understood of attention that code computes itself, and when it is better left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.custom.models.baddbmm_net.modeling_baddbmm_net import BaddbmmConfig, BaddbmmNet
+from tests.custom.models.capped_scores.modeling_capped_scores import CappedConfig, CappedLM
+from tests.custom.models.flat_head.modeling_flat_head import FlatHeadConfig, FlatHeadGPT
+from tests.custom.models.grouped_queries.modeling_grouped_queries import GroupedConfig, GroupedLM
+from tests.custom.models.local_global.modeling_local_global import LocalGlobalConfig, LocalGlobalLM
+from tests.custom.models.tril_gpt.modeling_tril_gpt import TrilConfig, TrilGPT
+
+from shardwright.adapt.intercepted_model import LONG_TRACE, InterceptedModel
+from shardwright.cache.spec import Visibility, VisibilityKind
+from shardwright.errors import UnsupportedModelError
+
+
+def understood(kind: Any, config: Any, *, num_positions: int = 256, dtype: torch.dtype = torch.float32) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
+    return InterceptedModel(model.to(dtype).requires_grad_(False), num_positions=num_positions)
+
+
+def test_heads_and_scale_of_a_call() -> None:
+    served = understood(GroupedLM, GroupedConfig())
+    assert {(layer.num_heads, layer.num_kv_heads) for layer in served.layers} == {(4, 1)}
+    assert {fitted.params.scale for fitted in served._attentions} == {0.3}
+
+
+@pytest.mark.parametrize("cap", [5.0, 30.0])
+def test_caps_and_scales_are_read_from_scores(cap: float) -> None:
+    served = understood(CappedLM, CappedConfig(soft_cap=cap))
+    for fitted in served._attentions:
+        assert fitted.params.softcap == cap
+        assert fitted.params.scale == pytest.approx(1.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_scores_are_understood(dtype: torch.dtype) -> None:
+    served = understood(TrilGPT, TrilConfig(block_size=256), dtype=dtype)
+    for fitted in served._attentions:
+        assert fitted.params.softcap is None
+        assert fitted.params.scale == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("window", [1, 8, LONG_TRACE + 91])
+def test_windows_are_seen_however_long(window: int) -> None:
+    config = LocalGlobalConfig(window=window, max_position_embeddings=1024)
+    layers = understood(LocalGlobalLM, config, num_positions=1024).layers
+    sliding = Visibility(VisibilityKind.SLIDING, window)
+    assert [layer.visibility for layer in layers] == [sliding, Visibility(), sliding]
+
+
+def test_a_table_that_is_too_short_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="a table in its code has 509 positions, but 1,024 are to be served"
+    ):
+        understood(BaddbmmNet, BaddbmmConfig(), num_positions=1024)
+
+
+def test_a_prompt_that_code_does_not_take_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"forward pass of 256 tokens fails: AssertionError: Cannot forward"
+    ):
+        understood(TrilGPT, TrilConfig(block_size=64))
+
+
+def test_a_head_that_needs_all_rows_gets_them() -> None:
+    assert understood(FlatHeadGPT, FlatHeadConfig()).head is None
+    assert understood(TrilGPT, TrilConfig(block_size=256)).head is not None
