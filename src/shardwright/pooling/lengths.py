@@ -17,7 +17,6 @@ DEFAULT_LENGTH = 4096
 NO_LIMIT = 1 << 20
 """A tokenizer's limit from here on stands for none."""
 
-
 LIMITS = (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length"))
 """Files that may say how long the texts were that a model was trained on."""
 
