@@ -24,7 +24,8 @@ def understood(kind: Any, config: Any, *, num_positions: int = 256, dtype: torch
         model = kind(config).eval()
         for parameter in model.parameters():
             parameter.data.normal_(0, 0.3)
-    return InterceptedModel(model.to(dtype).requires_grad_(False), num_positions=num_positions)
+    model.to(dtype).requires_grad_(False)
+    return InterceptedModel(model, num_positions=num_positions, vocab_size=config.vocab_size)
 
 
 def test_heads_and_scale_of_a_call() -> None:

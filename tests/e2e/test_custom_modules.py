@@ -97,6 +97,18 @@ def test_registered_module_with_its_own_weights(expected: list[list[int]]) -> No
         assert output.outputs[0].token_ids == expected[0][:4]
 
 
+def test_config_of_the_authors_own_form_is_left_alone(expected: list[list[int]]) -> None:
+    def make() -> HandmadeGPT:
+        module = make_gpt()
+        module.config = {"layers": 2}  # type: ignore[assignment]
+        return module
+
+    register_model("handmade", make)
+    with LLM("handmade", **SMALL) as llm:
+        assert llm.info.attention_rung == "dataflow"
+        assert generate(llm) == expected
+
+
 def test_registered_module_with_a_checkpoint(folder: Path, expected: list[list[int]]) -> None:
     register_model("handmade", HandmadeGPT, weights=folder, max_model_len=100)
     with LLM("handmade", **SMALL) as llm:

@@ -43,12 +43,14 @@ class InterceptedModel:
     Args:
         module: in eval mode, weights loaded.
         num_positions: longest sequence that will be served.
+        vocab_size: number of token ids.
 
     Raises: UnsupportedModelError if its attention cannot be found or understood.
     """
 
-    def __init__(self, module: nn.Module, *, num_positions: int) -> None:
+    def __init__(self, module: nn.Module, *, num_positions: int, vocab_size: int) -> None:
         self.module = module
+        self._vocab_size = vocab_size
         self._takes_positions = accepts(module, "position_ids")
         self._options = without_cache(module)
         fitted: dict[int, FittedAttention] = {}
@@ -116,8 +118,7 @@ class InterceptedModel:
 
         It is the one that the model names, else the last linear with an output for each token id.
         """
-        vocab_size = _vocab_size(self.module)
-        linears = [m for m in self.module.modules() if isinstance(m, nn.Linear) and m.out_features == vocab_size]
+        linears = [m for m in self.module.modules() if isinstance(m, nn.Linear) and m.out_features == self._vocab_size]
         head = output_head(self.module) or (linears[-1] if linears else None)
         rows = [0, num_tokens - 1]
         tokens, arguments = self._example(num_tokens)
@@ -135,7 +136,7 @@ class InterceptedModel:
         """Random tokens [1, T], and the arguments that go with them."""
         device = next(self.module.parameters()).device
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(_vocab_size(self.module), (1, num_tokens), generator=generator).to(device)
+        tokens = torch.randint(self._vocab_size, (1, num_tokens), generator=generator).to(device)
         return tokens, self._arguments(torch.arange(num_tokens, device=device))
 
     def _arguments(self, position_ids: Tensor) -> dict[str, Any]:
@@ -149,12 +150,3 @@ def _long_trace(module: nn.Module, num_positions: int) -> int:
     windows = [size for name, size in fields.items() if "window" in name and isinstance(size, int)]
     longest = max((size for size in windows if size < num_positions), default=0)
     return min(max(LONG_TRACE, longest + SHORT_TRACE), num_positions)
-
-
-def _vocab_size(module: nn.Module) -> int:
-    """Token ids to draw from: rows of the table that looks them up."""
-    config = getattr(module, "config", None)
-    if config is not None and isinstance(getattr(config, "vocab_size", None), int):
-        return int(config.vocab_size)
-    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
-    return max(tables, default=1)

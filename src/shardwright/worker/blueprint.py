@@ -88,10 +88,7 @@ class Blueprint:
         Raises: UnsupportedModelError if its code fails; CheckpointError if the weights do not fit.
         """
         if self.custom is not None:
-            custom = self.custom.load(self.dtype, dummy=dummy)
-            if getattr(custom, "config", None) is None:
-                custom.config = self.config  # type: ignore[assignment]  # for whoever looks for one
-            return custom
+            return self.custom.load(self.dtype, dummy=dummy)
         assert self.path is not None
         module = build_module(self.config, self.dtype, trust_remote_code=self.options.trust_remote_code)
         if dummy:

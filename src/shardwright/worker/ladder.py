@@ -56,7 +56,7 @@ def climb(
         return PackedModel(served, backend, dtype=dtype, device=device)
 
     def intercepted(reason: str) -> StepModel:
-        served = InterceptedModel(module, num_positions=num_positions)
+        served = InterceptedModel(module, num_positions=num_positions, vocab_size=vocab_size)
         return PackedModel(served, backend, dtype=dtype, device=device, max_step_tokens=num_positions)
 
     def with_state(reason: str, *, takes_chunks: bool = True) -> StepModel:
