@@ -36,7 +36,7 @@ class AsyncLLM:
     """A model that serves many callers at once. To be used from one event loop.
 
     Args:
-        model: a directory, a hub id, or `smollm2-135m`, the starter model.
+        model: a directory, a hub id, `package.module:factory`, a name from `register_model`, or `smollm2-135m`.
         options: the engine's options, named as the CLI's flags with underscores (see `shardwright.config`).
 
     Raises: UsageError for models, weights and options that do not work; EngineDeadError if the core died at start.

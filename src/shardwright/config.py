@@ -68,7 +68,9 @@ class ModelConfig:
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     dtype: DType = option("auto", "Type of weights and activations; auto: what the checkpoint says.")
     load_format: LoadFormat = option(
-        "auto", "How weights are read; dummy: random ones, to try a configuration without its checkpoint."
+        "auto",
+        "Which weights are read: safetensors, pt (of torch.save), auto (the one, else the other); or dummy: random "
+        "ones, to try a configuration without its checkpoint.",
     )
     weights: str | None = option(None, "Folder or file of the weights; default: the model's directory.")
     weight_map: str | None = option(

@@ -31,7 +31,7 @@ class LLM:
     """A model, ready to generate, embed or classify. All requests of a call run together, as memory and budget allow.
 
     Args:
-        model: a directory, a hub id, or `smollm2-135m`, the starter model.
+        model: a directory, a hub id, `package.module:factory`, a name from `register_model`, or `smollm2-135m`.
         options: the engine's options, named as the CLI's flags with underscores (see `shardwright.config`).
 
     Raises: UsageError for models, weights and options that do not work.

@@ -73,6 +73,8 @@ def test_without_a_tokenizer_there_are_token_ids_and_no_text(folder: Path) -> No
             llm.generate("Hello", use_tqdm=False)
         with pytest.raises(RequestError, match="has no tokenizer"):
             llm.chat([{"role": "user", "content": "Hello"}], use_tqdm=False)
+        with pytest.raises(RequestError, match="has no tokenizer, and stop is looked for in text: use stop_token_ids"):
+            llm.generate([1, 2], SamplingParams(stop="x"), use_tqdm=False)
 
 
 def test_tokenizer_beside_the_code_is_used(folder: Path, tmp_path: Path) -> None:
@@ -127,6 +129,11 @@ async def test_registered_module_in_another_process(folder: Path, expected: list
         assert token_ids == expected[0]
     finally:
         engine.close()
+
+
+def test_plain_modules_only_generate(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="code of its own, which is served to generate alone: leave out --task"):
+        LLM(str(folder), trust_remote_code=True, task="embed")
 
 
 def test_weights_of_another_model_are_refused(folder: Path, tiny_llama: Path) -> None:

@@ -15,6 +15,7 @@ from shardwright.engine.input_processor import InputProcessor, Prompt, prompt_te
 from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
 from shardwright.engine.output_processor import OutputProcessor, ProcessedOutputs
 from shardwright.engine.tasks import check_task
+from shardwright.errors import RequestError
 from shardwright.models.generation import eos_token_ids
 from shardwright.models.no_tokenizer import NoTokenizer
 from shardwright.models.registry import registered
@@ -36,7 +37,6 @@ def load_frontend_tokenizer(config: EngineConfig) -> Tokenizer:
     named = model.tokenizer or (None if registration is None else registration.tokenizer)
     directory = None if named is not None else home_directory(model)
     if named is None and (directory is None or not has_tokenizer(directory)):
-        logger.warning("%s has no tokenizer: it takes and gives token ids alone", model.model)
         return NoTokenizer(model.model)
     return load_tokenizer(named or str(directory), trust_remote_code=model.trust_remote_code)
 
@@ -68,6 +68,8 @@ class Frontend:
             eos_token_ids=[*info.eos_token_ids, *eos_token_ids(info.path), *tokenizer.eos_token_ids],
         )
         self._outputs = OutputProcessor(tokenizer)
+        if isinstance(tokenizer, NoTokenizer):
+            logger.warning("%s has no tokenizer: it takes and gives token ids alone", info.model)
         self._numbers = itertools.count()
 
     def submit(
@@ -79,6 +81,11 @@ class Frontend:
         """
         check_task(self._info, "generate")
         params = params or SamplingParams()
+        if params.stop_strings and isinstance(self.tokenizer, NoTokenizer):
+            raise RequestError(
+                f"{self._info.model} has no tokenizer, and stop is looked for in text: use stop_token_ids",
+                param="stop",
+            )
         request_id = request_id if request_id is not None else f"request-{next(self._numbers)}"
         arrival_time = time.monotonic()
         sequences = self._inputs.process(request_id, prompt, params, arrival_time=arrival_time, priority=priority)
