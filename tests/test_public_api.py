@@ -19,6 +19,8 @@ ENGINE_OPTIONS = {
     "revision": None,
     "dtype": "auto",
     "load_format": "auto",
+    "weights": None,
+    "weight_map": None,
     "trust_remote_code": False,
     "max_model_len": None,
     "device": "auto",
@@ -60,7 +62,7 @@ SAMPLING_FIELDS = {
 
 
 def test_names_at_the_top() -> None:
-    assert {"LLM", "AsyncLLM", "SamplingParams", "__version__"} <= set(shardwright.__all__)
+    assert {"LLM", "AsyncLLM", "SamplingParams", "register_model", "__version__"} <= set(shardwright.__all__)
     assert all(hasattr(shardwright, name) for name in shardwright.__all__)
     assert shardwright.__version__ == version("shardwright")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from openai import BadRequestError, OpenAI
 from tests.conftest import build_tokenizer
 from tests.models.factory_gpt import HandmadeGPT
@@ -103,6 +104,20 @@ def test_config_of_the_authors_own_form_is_left_alone(expected: list[list[int]])
     def make() -> HandmadeGPT:
         module = make_gpt()
         module.config = {"layers": 2}  # type: ignore[assignment]
+        return module
+
+    register_model("handmade", make)
+    with LLM("handmade", **SMALL) as llm:
+        assert llm.info.attention_rung == "dataflow"
+        assert generate(llm) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_code_that_compiles_itself_runs_as_it_is_written(expected: list[list[int]]) -> None:
+    def make() -> HandmadeGPT:
+        module = make_gpt()
+        for block in module.blocks:
+            block.forward = torch.compile(block.forward)
         return module
 
     register_model("handmade", make)

@@ -116,6 +116,15 @@ def test_wrappers_are_taken_off() -> None:
     assert make(lambda: nn.DataParallel(inner)) is inner
 
 
+def test_default_type_that_a_factory_sets_is_set_back() -> None:
+    def make_half() -> nn.Module:
+        torch.set_default_dtype(torch.float16)
+        return nn.Linear(1, 1)
+
+    assert next(make(make_half).parameters()).dtype is torch.float16
+    assert torch.get_default_dtype() is torch.float32
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

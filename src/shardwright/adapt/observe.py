@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from shardwright.adapt.eager import eager
 from shardwright.adapt.logits import logits_of, without_cache
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Observation(TorchFunctionMode):
         return next((kind for kind in (self._tokens, self._counts) if id(value) in kind), None)
 
 
+@eager
 def observe(module: nn.Module, num_tokens: int, *, on_meta: bool = True) -> Observation | Exception:
     """Run so many tokens through a copy of the module. Returns what was seen, or why it fails."""
     device = "meta" if on_meta else "cpu"

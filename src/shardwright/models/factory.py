@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from shardwright.errors import ModelSourceError, UnsupportedModelError
@@ -66,11 +67,14 @@ class Factory:
         Raises: ModelSourceError if it takes something else; UnsupportedModelError if it fails or returns no module.
         """
         positional, named = self._arguments()
+        dtype = torch.get_default_dtype()
         try:
             with importing_from(self.code) if self.code is not None else nullcontext():
                 returned = self.function(*positional, **named)
         except (Exception, SystemExit) as exc:
             raise UnsupportedModelError(f"{self.label} failed: {described(exc)}") from exc
+        finally:
+            torch.set_default_dtype(dtype)  # which some factories change, for themselves as they think
         return self._checked(returned)
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:

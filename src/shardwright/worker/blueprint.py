@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from shardwright.adapt.describe import describe
+from shardwright.adapt.eager import eager
 from shardwright.adapt.served_model import ServedModel
 from shardwright.config import ModelConfig
 from shardwright.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -104,6 +105,7 @@ class Blueprint:
             )
         return module.requires_grad_(False)
 
+    @eager
     def capture_attention(self, *, num_parameters: int) -> StepModel | ServedModel:
         """Capture the model's attention as serving it would, to look at it.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shardwright.adapt.eager import eager
 from shardwright.cache.spec import CacheGroup
 from shardwright.config import EngineConfig, SchedulerConfig
 from shardwright.engine.messages import EngineInfo
@@ -39,6 +40,7 @@ class Worker:
     Raises: a UsageError for models, weights and options that do not work, before anything is served.
     """
 
+    @eager
     def __init__(self, config: EngineConfig) -> None:
         started = time.perf_counter()
         device = resolve_device(config.model.device)
@@ -100,6 +102,7 @@ class Worker:
         )
         log_start(self.info, load_s=loaded - started, ready_s=time.perf_counter() - started)
 
+    @eager
     def execute(self, batch: Batch) -> StepResult:
         """Run one step."""
         return self._runner.execute(batch)

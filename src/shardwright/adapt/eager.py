@@ -1,0 +1,26 @@
+"""Run the user's code as it is written, not as torch.compile would rewrite it.
+
+Code that compiles parts of itself would stop to do so at every new shape, and its attention could not be watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """While the function runs, torch.compile in whatever it calls does nothing."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args, **kwargs)
+
+    return run
