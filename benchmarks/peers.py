@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for a dated JSON document and table")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of the table")
     args = parser.parse_args()
+    if args.rounds < 1 or args.starts < 1:
+        parser.error("--rounds and --starts are at least 1: every engine is started, and every workload run")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the engines' processes whatever ends this one
     machine = measure_machine()

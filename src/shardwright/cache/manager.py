@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardwright.cache.block_pool import BlockPool
@@ -135,9 +134,3 @@ class BlockManager:
     def _first_block(self, group: CacheGroup, num_computed: int) -> int:
         """Index of the first block that the token at position `num_computed`, or a later one, sees."""
         return group.visibility.first_visible(num_computed) // self.block_size
-
-
-def held_tables(sequences: Iterator[BlockTables]) -> Iterator[list[int]]:
-    """Every table of every sequence, for BlockPool.check_integrity."""
-    for blocks in sequences:
-        yield from blocks.tables

@@ -69,10 +69,6 @@ class CoreClient:
         """A file descriptor that becomes readable when the process ends."""
         return self._process.sentinel
 
-    @property
-    def process_id(self) -> int | None:
-        return self._process.pid
-
     def wait_until_ready(self) -> EngineInfo:
         """Block until the core has loaded its model.
 

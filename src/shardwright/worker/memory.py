@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -95,9 +93,3 @@ def plan_cache(
         )
         max_model_len = fitting
     return CachePlan(num_blocks=min(affordable, blocks_for(max_model_len) * max_num_seqs), max_model_len=max_model_len)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
