@@ -22,6 +22,7 @@ LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 Policy = Literal["fcfs", "priority"]
 Task = Literal["auto", "generate", "embed", "classify"]
 PoolingType = Literal["auto", "mean", "cls", "last"]
+ExecutorBackend = Literal["auto", "inline", "mp", "ray"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -154,6 +155,55 @@ class PoolingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How many ranks share the model, and how it is cut."""
+
+    tensor_parallel_size: int = option(1, "Ranks that share every layer.")
+    pipeline_parallel_size: int = option(1, "Stages that the layers are divided into, one after another.")
+    data_parallel_size: int = option(1, "Copies of the whole, each with its own cache, behind one server.")
+    distributed_executor_backend: ExecutorBackend = option(
+        "auto", "Where ranks run: inline (one, in this process), mp (processes of this machine), ray (a Ray cluster)."
+    )
+    tp_plan: str | None = option(None, "JSON or YAML file with the tensor-parallel plan; it replaces the model's own.")
+    pp_plan: str | None = option(None, "JSON or YAML file with the pipeline plan; it replaces the model's own.")
+    pp_split: str | None = option(None, "Layers per pipeline stage, e.g. 8,8,7,7; default: balanced by bytes.")
+    enable_expert_parallel: bool = option(
+        False, "Deal whole experts to the tensor-parallel ranks where the model's plan allows, instead of cutting each."
+    )
+    ray_address: str | None = option(
+        None, "Address of a running Ray cluster (host:port, or auto); default: RAY_ADDRESS, else Ray on this machine."
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        check_choice(self, "distributed_executor_backend", ("auto", "inline", "mp", "ray"))
+        if self.distributed_executor_backend == "inline" and self.num_ranks > 1:
+            raise ConfigError(
+                f"distributed_executor_backend is inline but {self.num_ranks} ranks share the model: use mp or ray"
+            )
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_parallel_size:
+            raise ConfigError(
+                f"pp_split {self.pp_split} names {len(self.layers_per_stage)} stages but pipeline_parallel_size is "
+                f"{self.pipeline_parallel_size}"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """Of one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...] | None:
+        """What `pp_split` says. Raises ConfigError if it is no list of numbers."""
+        if self.pp_split is None:
+            return None
+        try:
+            return tuple(int(part) for part in self.pp_split.split(","))
+        except ValueError:
+            raise ConfigError(f"pp_split is {self.pp_split!r} but must be layers per stage, such as 8,8,7,7") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All that one engine needs."""
 
@@ -161,6 +211,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> EngineConfig:
@@ -175,21 +226,26 @@ class EngineConfig:
             raise ConfigError(f"unknown engine option {unknown[0]!r}{hint}")
         if isinstance(options.get("kv_cache_memory_bytes"), str):
             options["kv_cache_memory_bytes"] = parse_bytes(options["kv_cache_memory_bytes"])
-        parts: dict[str, dict[str, Any]] = {"model": {"model": model}, "cache": {}, "scheduler": {}, "pooling": {}}
+        parts: dict[str, dict[str, Any]] = {name: {} for name in RECORDS}
+        parts["model"]["model"] = model
         for name, value in options.items():
             parts[known[name]][name] = value
-        return cls(
-            model=ModelConfig(**parts["model"]),
-            cache=CacheConfig(**parts["cache"]),
-            scheduler=SchedulerConfig(**parts["scheduler"]),
-            pooling=PoolingConfig(**parts["pooling"]),
-        )
+        return cls(**{name: record(**parts[name]) for name, record in RECORDS.items()})
+
+
+RECORDS: dict[str, type] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+    "pooling": PoolingConfig,
+    "parallel": ParallelConfig,
+}
+"""Per field of EngineConfig, its class."""
 
 
 def engine_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Every option of the engine as (name of its record, field), in the order of `--help`."""
-    records = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "pooling": PoolingConfig}
-    for part, record in records.items():
+    for part, record in RECORDS.items():
         for f in dataclasses.fields(record):
             if "help" in f.metadata:
                 yield part, f

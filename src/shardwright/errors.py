@@ -6,6 +6,7 @@
     │   ├── ModelSourceError             the model cannot be found or read, or needs a permission not given
     │   ├── CheckpointError              weights missing, unexpected, truncated or of the wrong shape
     │   ├── UnsupportedModelError        the model's code cannot be served; the message names what stands in the way
+    │   ├── PlanError                    a parallel plan cannot be read or carried out
     │   └── RequestError                 a request that the engine refuses; `param` names the field at fault
     │       └── PromptTooLongError       prompt plus output do not fit; carries both numbers
     └── EngineError (RuntimeError)       the engine failed or cannot take more: exit code 1, HTTP 5xx
@@ -40,6 +41,10 @@ class CheckpointError(UsageError):
 
 class UnsupportedModelError(UsageError):
     """The model's code does something that cannot be served correctly."""
+
+
+class PlanError(UsageError):
+    """A tensor- or pipeline-parallel plan cannot be read or carried out."""
 
 
 class RequestError(UsageError):

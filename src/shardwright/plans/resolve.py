@@ -1,0 +1,177 @@
+"""Resolve a plan against a model: patterns and units to one row per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from shardwright.errors import PlanError
+from shardwright.plans.groups import Range, Ranges, UnitGroup, deal, ranges_of
+from shardwright.plans.patterns import matches, specificity
+from shardwright.plans.plan import ParallelPlan
+from shardwright.plans.stages import assign_stages
+from shardwright.plans.styles import (
+    COLUMN_GATHERED,
+    IDENTITY_EXPERT,
+    REPLICATE,
+    ROUTER,
+    VOCABULARY,
+    Cut,
+    Input,
+    Output,
+    Style,
+)
+from shardwright.plans.table import ParameterRow, ShardTable
+
+
+def resolve(
+    module: nn.Module,
+    plan: ParallelPlan,
+    groups: Sequence[UnitGroup],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    pp_split: Sequence[int] | None = None,
+) -> ShardTable:
+    """The table of a model.
+
+    Args:
+        module: the model, on "meta" or not.
+        plan: what is cut.
+        groups: where, from `plans.units.unit_groups`.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        pp_split: layers per stage; None: balanced by bytes.
+
+    Raises: PlanError if a plan cannot be carried out: more ranks than units, stages than layers, a cut along a
+        dimension that a parameter does not have.
+    """
+    rows: list[ParameterRow] = []
+    by_dimension = {(m.name, m.dim): (g, m) for g in groups for m in g.members}
+    pieces: dict[int, list[Range]] = {}
+    for name, aliases, parameter, owner in parameters_of(module):
+        pattern = next((p for n in (name, *aliases) if (p := matching_pattern(plan, n)) is not None), None)
+        style = plan.styles[pattern] if pattern is not None else REPLICATE
+        row: dict[str, Any] = {}
+        dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
+        if dim is not None:
+            group, member = next(
+                (by_dimension[n, dim] for n in (name, *aliases) if (n, dim) in by_dimension), (None, None)
+            )
+            if group is not None and member is not None:
+                if id(group) not in pieces:
+                    pieces[id(group)] = group.pieces(tp)
+                ranges = tuple(ranges_of(member, group.units, piece) for piece in pieces[id(group)])
+                unit = (member.segments[0][1] - member.segments[0][0]) // member.units
+            else:
+                ranges, unit = plain_ranges(name, parameter.shape[dim], style, tp), 1
+            row = {"dim": dim, "unit": unit, "ranges": ranges}
+        rows.append(
+            ParameterRow(
+                name=name,
+                aliases=aliases,
+                shape=tuple(parameter.shape),
+                element_bytes=parameter.element_size(),
+                style=style,
+                word=plan.tp[pattern] if pattern is not None else REPLICATE.name,
+                matched_by=pattern,
+                once=tp > 1 and style.is_row and dim is None and name.endswith("bias"),
+                **row,
+            )
+        )
+    stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split)
+    return ShardTable(
+        plan=plan,
+        tp=tp,
+        pp=pp,
+        parameters=tuple(rows),
+        modules=module_styles(module, plan, rows) if tp > 1 else {},
+        groups=tuple(groups),
+        stages=stages,
+    )
+
+
+def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[ParameterRow]) -> dict[str, Style]:
+    """Styles of the modules that do something with their input or output.
+
+    A module that a plan does not name, but shares a cut weight with one that it does (tied embeddings), gets the style
+    that the cut asks for.
+    """
+    styles = {}
+    for name, _ in module.named_modules():
+        patterns = [pattern for pattern in plan.tp if matches(pattern, name)]
+        if patterns and acts(style := plan.styles[max(patterns, key=specificity)]):
+            styles[name] = style
+    for row in rows:
+        if row.dim == 0 and row.aliases:
+            for name in (row.name, *row.aliases):
+                owner = name.rpartition(".")[0]
+                if owner in styles or any(matches(pattern, owner) for pattern in plan.tp):
+                    continue
+                is_embedding = isinstance(module.get_submodule(owner), nn.Embedding)
+                styles[owner] = VOCABULARY if is_embedding else COLUMN_GATHERED
+    return styles
+
+
+def acts(style: Style) -> bool:
+    """Whether a style does something at a module's input or output, or inside of it."""
+    return style.input is not Input.SAME or style.output is not Output.SAME or style in (IDENTITY_EXPERT, ROUTER)
+
+
+def parameters_of(module: nn.Module) -> list[tuple[str, tuple[str, ...], nn.Parameter, nn.Module]]:
+    """Every parameter once: its first name, its other names, itself, and the module that holds it."""
+    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return [
+        (names[0], tuple(names[1:]), parameter, module.get_submodule(names[0].rpartition(".")[0]))
+        for parameter, names in found.values()
+    ]
+
+
+def matching_pattern(plan: ParallelPlan, name: str) -> str | None:
+    """The pattern that decides over a parameter: one that names it, else one that names its module."""
+    owner = name.rpartition(".")[0]
+    found = [p for p in plan.tp if matches(p, name)] or [p for p in plan.tp if matches(p, owner)]
+    return max(found, key=specificity, default=None)
+
+
+def has_inputs_first(owner: nn.Module) -> bool:
+    """Whether a module's weight is [inputs, outputs], as Transformers' Conv1D of GPT-2 has it."""
+    return type(owner).__name__ == "Conv1D" and hasattr(owner, "nf")
+
+
+def cut_dimension(owner: nn.Module, leaf: str, ndim: int, style: Style) -> int | None:
+    """The dimension of a parameter that a style cuts; None if every rank holds all of it.
+
+    Linear weights are [outputs, inputs], stacked experts [experts, outputs, inputs]; a bias has outputs alone.
+    """
+    if ndim == 0 or style.cut is Cut.NONE:
+        return None
+    if style.cut in (Cut.VOCABULARY, Cut.EXPERTS):
+        return 0
+    if style.cut is Cut.EMBEDDING:
+        return ndim - 1
+    is_bias = ndim == 1 and (leaf == "bias" or isinstance(owner, nn.Linear))
+    columns = style.is_column
+    if ndim == 1:
+        return None if is_bias and not columns else 0
+    if has_inputs_first(owner):
+        columns = not columns
+    return ndim - 2 if columns else ndim - 1
+
+
+def plain_ranges(name: str, length: int, style: Style, ranks: int) -> tuple[Ranges, ...]:
+    """Ranges of a dimension that belongs to no group: dealt by its indices, packed ones in two halves.
+
+    Raises: PlanError if there are fewer indices than ranks.
+    """
+    halves = 2 if style.cut in (Cut.PACKED_COLUMNS, Cut.PACKED_ROWS) else 1
+    size = length // halves
+    if size < ranks:
+        raise PlanError(f"{name} has {size} features to cut, which cannot be dealt to {ranks} ranks")
+    return tuple(
+        tuple((half * size + start, half * size + stop) for half in range(halves)) for start, stop in deal(size, ranks)
+    )
