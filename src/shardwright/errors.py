@@ -11,6 +11,7 @@
     │       └── PromptTooLongError       prompt plus output do not fit; carries both numbers
     └── EngineError (RuntimeError)       the engine failed or cannot take more: exit code 1, HTTP 5xx
         ├── EngineDeadError              the engine process is gone
+        ├── RanksLostError               a rank died or hangs; those left are started anew
         └── EngineBusyError              saturated or draining: try again later (HTTP 503)
 
 A message gives the value, the rule and a way out, on one line.
@@ -70,6 +71,10 @@ class EngineError(ShardwrightError, RuntimeError):
 
 class EngineDeadError(EngineError):
     """The engine process is gone; its requests are lost."""
+
+
+class RanksLostError(EngineError):
+    """A rank died or hangs, and the steps in flight with it. The message says which and why."""
 
 
 class EngineBusyError(EngineError):

@@ -1,8 +1,8 @@
 """What the scheduler asks of a worker in one step, and what comes back. Plain records, free of torch.
 
 Every running sequence owns a *row* of the worker's tables (token ids, block tables, sampling parameters). A batch
-carries only what is new to the worker: sequences that start or resume, and blocks added or dropped; sampled tokens the
-worker writes down by itself.
+carries only what is new to the workers: sequences that start or resume, blocks added or dropped, and the tokens sampled
+since the last batch. The rank that sampled these has written them down by itself; the others learn them here.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     table_updates: list[TableUpdate]
     freed_rows: list[int] = []
     """Rows whose sequences left since the last batch; some may be taken again by `new_rows`."""
+    sampled_rows: list[int] = []
+    """Rows that got a token from results that came in since the last batch, each once, and run on. Ranks that did not
+    sample write the tokens down before they take in `new_rows`."""
+    sampled_token_ids: list[int] = []
+    """Their tokens, in the order of `sampled_rows`."""
 
     @property
     def total_tokens(self) -> int:

@@ -48,12 +48,16 @@ class ModelRunner:
         limits: sizes of the tables.
         device: where logits are.
         seed: of sampling for requests that bring none.
+        samples: whether this rank turns logits into tokens; the others learn them from the batches that follow.
     """
 
-    def __init__(self, model: StepModel, limits: RunnerLimits, *, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, model: StepModel, limits: RunnerLimits, *, device: torch.device, seed: int, samples: bool = True
+    ) -> None:
         self._model = model
         self._limits = limits
         self._device = device
+        self._samples = samples
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self._token_rows = np.zeros((limits.max_num_seqs, limits.max_model_len), dtype=np.int32)
         self._num_known = np.zeros(limits.max_num_seqs, dtype=np.int64)
@@ -64,8 +68,8 @@ class ModelRunner:
         self._sampler = Sampler(seed=seed)
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepResult:
-        """Run one step: forward, sample, remember the sampled tokens."""
+    def execute(self, batch: Batch) -> StepResult | None:
+        """Run one step: forward, sample, remember the sampled tokens. None from ranks that do not sample."""
         self._take_in(batch)
         rows = np.array(batch.rows, dtype=np.int64)
         num_computed = np.array(batch.num_computed, dtype=np.int64)
@@ -86,12 +90,16 @@ class ModelRunner:
                 logits_rows=wanted,
             )
         )
+        if not self._samples:
+            return None
         if scored:  # else they are in the order of the samples already
             logits = logits[torch.from_numpy(place_of).to(self._device)]
         return self._result(batch, rows, samples, scored, logits)
 
     def _take_in(self, batch: Batch) -> None:
         """Write down what is new in the batch."""
+        if not self._samples and batch.sampled_rows:
+            self._remember(np.array(batch.sampled_rows), np.array(batch.sampled_token_ids))
         self._model.release(batch.freed_rows)
         for new in batch.new_rows:
             tokens = np.array(new.token_ids, dtype=np.int32)

@@ -103,8 +103,8 @@ class Worker:
         log_start(self.info, load_s=loaded - started, ready_s=time.perf_counter() - started)
 
     @eager
-    def execute(self, batch: Batch) -> StepResult:
-        """Run one step."""
+    def execute(self, batch: Batch) -> StepResult | None:
+        """Run one step; None from ranks that do not sample."""
         return self._runner.execute(batch)
 
 
