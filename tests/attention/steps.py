@@ -90,6 +90,13 @@ def make_step(
     return Step(layout, tables, layer, query, torch.cat(new_keys), torch.cat(new_values), contexts)
 
 
+def random_bias(num_heads: int, num_distances: int, seed: int = 0) -> Tensor | None:
+    """[H, N], or none for no distances."""
+    if not num_distances:
+        return None
+    return torch.randn(num_heads, num_distances, generator=torch.Generator().manual_seed(seed))
+
+
 def attention_by_hand(step: Step, visibility: Visibility, params: AttentionParams) -> Tensor:
     """Softmax attention in Python's own floats, one query and head at a time: [T, H, V] float64."""
     outputs, token = [], 0
@@ -102,6 +109,10 @@ def attention_by_hand(step: Step, visibility: Visibility, params: AttentionParam
                 logits = [float(query @ keys[place, head // group].double()) * params.scale for place in seen]
                 if params.softcap is not None:
                     logits = [params.softcap * math.tanh(logit / params.softcap) for logit in logits]
+                if params.bias_HN is not None:
+                    most = params.bias_HN.shape[1] - 1
+                    biases = (float(params.bias_HN[head, min(position - place, most)]) for place in seen)
+                    logits = [logit + bias for logit, bias in zip(logits, biases, strict=True)]
                 sink = [] if params.sinks_H is None else [float(params.sinks_H[head])]
                 highest = max(logits + sink)
                 total = sum(math.exp(logit - highest) for logit in logits + sink)

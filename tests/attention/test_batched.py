@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.attention.steps import Heads, make_step
+from tests.attention.steps import Heads, make_step, random_bias
 
 from shardwright.attention import batched
 from shardwright.attention.batched import BatchedBackend
@@ -43,6 +43,7 @@ visibilities = st.just(Visibility()) | st.builds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     softcap=st.none() | st.sampled_from([0.5, 20.0]),
     has_sinks=st.booleans(),
+    num_distances=st.just(0) | st.integers(1, 320),
     seed=st.integers(0, 1000),
 )
 def test_batched_equals_reference(
@@ -53,12 +54,14 @@ def test_batched_equals_reference(
     dtype: torch.dtype,
     softcap: float | None,
     has_sinks: bool,
+    num_distances: int,
     seed: int,
 ) -> None:
     step = make_step(sequences, heads, block_size=block_size, visibility=visibility, dtype=dtype, seed=seed)
     num_heads = heads.num_kv_heads * heads.group
     sinks = torch.linspace(-1, 2, num_heads) if has_sinks else None
-    params = AttentionParams(scale=heads.key_dim**-0.5, softcap=softcap, sinks_H=sinks)
+    bias = random_bias(num_heads, num_distances, seed)
+    params = AttentionParams(scale=heads.key_dim**-0.5, softcap=softcap, sinks_H=sinks, bias_HN=bias)
     backend = BatchedBackend(block_size=block_size, device=CPU, compute_dtype=torch.float32)
     actual = step.run(backend, visibility, params)
     expected = step.run(ReferenceBackend(block_size=block_size), visibility, params)
@@ -102,10 +105,11 @@ def test_window_bounds_what_a_decode_gathers() -> None:
     assert len(plan.decodes[0].blocks) <= 5
 
 
-def test_long_prompts_are_cut_by_queries_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_distances", [0, 20])
+def test_long_prompts_are_cut_by_queries_without_a_trace(monkeypatch: pytest.MonkeyPatch, num_distances: int) -> None:
     step = make_step([(0, 30), (11, 25)], SMALL, block_size=4, visibility=Visibility())
     backend = BatchedBackend(block_size=4, device=CPU, compute_dtype=torch.float32)
-    params = AttentionParams(scale=0.3, softcap=1.0)
+    params = AttentionParams(scale=0.3, softcap=1.0, bias_HN=random_bias(4, num_distances))
     whole = step.run(backend, Visibility(), params)
     monkeypatch.setattr(batched, "MAX_SCORE_BYTES", 4 * 4 * 30 * 7)  # seven queries of the first prompt
     torch.testing.assert_close(step.run(backend, Visibility(), params), whole)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.attention.steps import random_bias
 
 from shardwright.attention.batched import BatchedBackend
 from shardwright.attention.kv_cache import KVCache
@@ -42,6 +43,7 @@ def test_types_that_the_kernel_does_not_take_are_left_to_torch() -> None:
     visibility=st.sampled_from(VISIBILITIES),
     softcap=st.sampled_from([None, 3.0]),
     has_sinks=st.booleans(),
+    num_distances=st.just(0) | st.integers(1, 70),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
@@ -54,6 +56,7 @@ def test_equals_the_reference(
     visibility: Visibility,
     softcap: float | None,
     has_sinks: bool,
+    num_distances: int,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -84,7 +87,8 @@ def test_equals_the_reference(
     slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
     layer.write(torch.from_numpy(slots), keys, values)
     sinks = torch.randn(kv_heads * group, generator=generator) if has_sinks else None
-    params = AttentionParams(scale=0.3, softcap=softcap, sinks_H=sinks)
+    bias = random_bias(kv_heads * group, num_distances, seed)
+    params = AttentionParams(scale=0.3, softcap=softcap, sinks_H=sinks, bias_HN=bias)
 
     outputs = []
     batched = BatchedBackend(block_size=block_size, device=CPU, compute_dtype=torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attention.steps import Heads, attention_by_hand, make_step
+from tests.attention.steps import Heads, attention_by_hand, make_step, random_bias
 
 from shardwright.attention.layout import AttentionParams
 from shardwright.attention.reference import ReferenceBackend
@@ -17,10 +17,18 @@ VISIBILITIES = [Visibility(), Visibility(VisibilityKind.SLIDING, 4), Visibility(
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=lambda v: v.kind.value)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_reference_equals_attention_by_hand(visibility: Visibility, softcap: float | None, has_sinks: bool) -> None:
+@pytest.mark.parametrize("num_distances", [0, 3, 40])
+def test_reference_equals_attention_by_hand(
+    visibility: Visibility, softcap: float | None, has_sinks: bool, num_distances: int
+) -> None:
     heads = Heads(num_kv_heads=2, group=3, key_dim=5, value_dim=3)
     step = make_step(SEQUENCES, heads, block_size=4, visibility=visibility)
-    params = AttentionParams(scale=0.7, softcap=softcap, sinks_H=torch.linspace(-1, 2, 6) if has_sinks else None)
+    params = AttentionParams(
+        scale=0.7,
+        softcap=softcap,
+        sinks_H=torch.linspace(-1, 2, 6) if has_sinks else None,
+        bias_HN=random_bias(6, num_distances),
+    )
     actual = step.run(ReferenceBackend(block_size=4), visibility, params)
     torch.testing.assert_close(actual.double(), attention_by_hand(step, visibility, params), atol=1e-5, rtol=1e-5)
 

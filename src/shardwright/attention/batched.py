@@ -36,6 +36,8 @@ class DecodePiece:
     """[S * B] int64: blocks to gather, padded with the null block."""
     mask_SL: Tensor
     """[S, L] bool, L = B * block_size."""
+    own_S: Tensor
+    """[S] int64: place of each query's own key among those gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class BatchedBackend:
                 query_TKGD[decode.tokens],
                 self._by_sequence(keys, num_sequences),
                 self._by_sequence(values, num_sequences),
-                decode.mask_SL,
+                decode,
                 params,
             ).to(output_TKGV.dtype)
         for prompt in plan.prompts:
@@ -149,7 +151,8 @@ class BatchedBackend:
             places = first_block[chosen, None] * self.block_size + np.arange(width * self.block_size)
             mask = (places >= first_visible[chosen, None]) & (places <= positions[chosen, None])
             tokens = layout.query_starts[:-1][sequences[chosen]]
-            pieces.append(DecodePiece(self._tensor(tokens), self._tensor(blocks.ravel()), self._tensor(mask)))
+            own = positions[chosen] - places[:, 0]
+            pieces.append(DecodePiece(*(self._tensor(array) for array in (tokens, blocks.ravel(), mask, own))))
             start = end
         return pieces
 
@@ -176,14 +179,19 @@ class BatchedBackend:
 
 
 def _decode_attention(
-    query_SKGD: Tensor, keys_SKLD: Tensor, values_SKLV: Tensor, mask_SL: Tensor, params: AttentionParams
+    query_SKGD: Tensor, keys_SKLD: Tensor, values_SKLV: Tensor, piece: DecodePiece, params: AttentionParams
 ) -> Tensor:
     """One query per sequence; returns [S, K, G, V]."""
-    mask = mask_SL[:, None, None, :]
-    if params.softcap is None and params.sinks_H is None:
+    mask = piece.mask_SL[:, None, None, :]
+    if _is_plain(params):
         return F.scaled_dot_product_attention(query_SKGD, keys_SKLD, values_SKLV, attn_mask=mask, scale=params.scale)
-    scores = torch.matmul(query_SKGD, keys_SKLD.transpose(-1, -2))
-    return torch.matmul(_weights(scores, mask, params, head_dims=(1, 2)).to(values_SKLV.dtype), values_SKLV)
+    scores_SKGL = torch.matmul(query_SKGD, keys_SKLD.transpose(-1, -2))
+    bias = None
+    if params.bias_HN is not None:
+        bias_HSL = _bias(params.bias_HN, piece.own_S, keys_SKLD.shape[2])
+        bias = bias_HSL.unflatten(0, scores_SKGL.shape[1:3]).permute(2, 0, 1, 3)
+    weights = _weights(scores_SKGL, mask, bias, params, head_dims=(1, 2))
+    return torch.matmul(weights.to(values_SKLV.dtype), values_SKLV)
 
 
 def _prompt_attention(
@@ -194,7 +202,7 @@ def _prompt_attention(
     query_KGTD = query_TKGD.permute(1, 2, 0, 3)
     keys_K1LD = keys_LKD.transpose(0, 1)[:, None]
     values_K1LV = values_LKV.transpose(0, 1)[:, None]
-    if params.softcap is None and params.sinks_H is None:
+    if _is_plain(params):
         output = F.scaled_dot_product_attention(
             query_KGTD,
             keys_K1LD.expand(-1, group, -1, -1),
@@ -209,20 +217,40 @@ def _prompt_attention(
         mask_TL = torch.ones(num_tokens, context, dtype=torch.bool, device=query_TKGD.device).tril_()
     rows = max(1, MAX_SCORE_BYTES // (4 * num_kv_heads * group * context))
     outputs = []
+    own_T = torch.arange(context - num_tokens, context, device=query_TKGD.device)
     for start in range(0, num_tokens, rows):
         scores = torch.matmul(query_KGTD[:, :, start : start + rows], keys_K1LD.transpose(-1, -2))
-        weights = _weights(scores, mask_TL[start : start + rows], params, head_dims=(0, 1))
+        bias = None
+        if params.bias_HN is not None:
+            bias_HTL = _bias(params.bias_HN, own_T[start : start + rows], context)
+            bias = bias_HTL.unflatten(0, (num_kv_heads, group))
+        weights = _weights(scores, mask_TL[start : start + rows], bias, params, head_dims=(0, 1))
         outputs.append(torch.matmul(weights.to(values_LKV.dtype), values_K1LV))
     return torch.cat(outputs, dim=2).permute(2, 0, 1, 3)
 
 
-def _weights(scores: Tensor, mask: Tensor, params: AttentionParams, *, head_dims: tuple[int, int]) -> Tensor:
-    """Softmax weights in float32 from raw products; `mask` broadcasts to `scores`, whose dims `head_dims` are K and
-    G.
+def _is_plain(params: AttentionParams) -> bool:
+    """Whether scaled_dot_product_attention does all that is asked."""
+    return params.softcap is None and params.sinks_H is None and params.bias_HN is None
+
+
+def _bias(bias_HN: Tensor, own_T: Tensor, context: int) -> Tensor:
+    """What is added to the scores of queries whose own keys stand at these places of a context: [H, T, context]."""
+    distances = own_T[:, None] - torch.arange(context, device=own_T.device)
+    return bias_HN[:, distances.clamp_(0, bias_HN.shape[1] - 1)]
+
+
+def _weights(
+    scores: Tensor, mask: Tensor, bias: Tensor | None, params: AttentionParams, *, head_dims: tuple[int, int]
+) -> Tensor:
+    """Softmax weights in float32 from raw products; `mask` and `bias` broadcast to `scores`, whose dims `head_dims` are
+    K and G.
     """
     scores = scores.float() * params.scale
     if params.softcap is not None:
         scores = torch.tanh(scores / params.softcap) * params.softcap
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~mask, float("-inf"))
     if params.sinks_H is None:
         return scores.softmax(-1)

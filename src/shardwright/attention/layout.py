@@ -1,7 +1,7 @@
 """How the tokens of a step lie in the packed batch, and the protocol of a back end.
 
 Shape suffixes here and in the back ends: T tokens of the step, S sequences in it, H query heads, K key/value heads, G =
-H / K, D head size of queries and keys, V head size of values, L context length, B blocks.
+H / K, D head size of queries and keys, V head size of values, L context length, B blocks, N distances.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class AttentionParams:
     """Scores become softcap * tanh(scores / softcap)."""
     sinks_H: Tensor | None = None
     """A logit per head that takes part in the softmax and has no value."""
+    bias_HN: Tensor | None = None
+    """[H, N] float32: added to scores, after a soft-cap, by the distance from query back to key; distances of N and
+    more take the last."""
 
 
 class AttentionBackend(Protocol):

@@ -81,6 +81,7 @@ class NativeBackend:
             scale=params.scale,
             softcap=params.softcap,
             sinks_H=params.sinks_H,
+            bias_HN=params.bias_HN,
         )
 
 

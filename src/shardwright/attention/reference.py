@@ -63,7 +63,7 @@ def attend(query_THD: Tensor, keys_LKD: Tensor, values_LKV: Tensor, mask_TL: Ten
         keys_LKD: [L, K, D]; query head h reads KV head h // (H / K).
         values_LKV: [L, K, V].
         mask_TL: [T, L] bool, true where a query sees a position; every query sees at least one.
-        params: scale, soft-capping, sinks.
+        params: scale, soft-capping, sinks, bias. The last query stands at the last position.
 
     Returns: [T, H, V] float32.
     """
@@ -73,6 +73,10 @@ def attend(query_THD: Tensor, keys_LKD: Tensor, values_LKV: Tensor, mask_TL: Ten
     scores = torch.einsum("tkgd,lkd->tkgl", query, keys_LKD.float()) * params.scale
     if params.softcap is not None:
         scores = torch.tanh(scores / params.softcap) * params.softcap
+    if params.bias_HN is not None:
+        distances = torch.arange(num_tokens)[:, None] + len(keys_LKD) - num_tokens - torch.arange(len(keys_LKD))
+        bias_HTL = params.bias_HN.float()[:, distances.clamp(0, params.bias_HN.shape[1] - 1).to(query_THD.device)]
+        scores = scores + bias_HTL.unflatten(0, (num_kv_heads, -1)).permute(2, 0, 1, 3)
     scores = scores.masked_fill(~mask_TL[:, None, None, :], float("-inf"))
     if params.sinks_H is not None:
         sinks = params.sinks_H.float().view(1, num_kv_heads, -1, 1).expand(num_tokens, -1, -1, 1)

@@ -33,6 +33,7 @@ def paged_decode(
     scale: float,
     softcap: float | None,
     sinks_H: Tensor | None,
+    bias_HN: Tensor | None,
 ) -> Tensor:
     """Attention of one query per sequence.
 
@@ -43,7 +44,7 @@ def paged_decode(
         tables: [S, max blocks], contiguous rows: block of positions i * block_size and on.
         first, last: [S], positions that each query sees, both included.
         block_size: tokens per block.
-        scale, softcap, sinks_H: as attention.layout.AttentionParams has them.
+        scale, softcap, sinks_H, bias_HN: as attention.layout.AttentionParams has them.
 
     Returns: [S, H, V], type of the query. Its reference is attention/reference.py.
     """
@@ -53,6 +54,7 @@ def paged_decode(
     num_kv_heads, value_dim = values_NKV.shape[1:]
     query_SHD = query_SHD.contiguous()
     sinks = None if sinks_H is None else sinks_H.float().contiguous()
+    bias = None if bias_HN is None else bias_HN.float().contiguous()
     output = query_SHD.new_empty(num_sequences, num_heads, value_dim)
     library.paged_decode(
         ctypes.c_int(query_SHD.dtype is torch.bfloat16),
@@ -74,6 +76,8 @@ def paged_decode(
         ctypes.c_void_p(first.ctypes.data),
         ctypes.c_void_p(last.ctypes.data),
         ctypes.c_void_p(None if sinks is None else sinks.data_ptr()),
+        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
+        ctypes.c_int64(0 if bias is None else bias.shape[1]),
         ctypes.c_void_p(output.data_ptr()),
     )
     return output

@@ -13,6 +13,7 @@ struct Shape {
     int64_t kv_heads, group, key_dim, value_dim, block_size;
     int64_t key_stride, value_stride;  // elements from one token to the next
     float scale, softcap;              // softcap 0: none
+    int64_t distances;                 // of the bias of each head
 };
 
 template <typename T>
@@ -36,7 +37,7 @@ inline void add(float weight, const T* value, float* out, int64_t dim) {
 // One sequence and KV head: positions first to last, both included.
 template <typename T>
 void attend(const Shape& shape, const T* query, const T* keys, const T* values, const int32_t* table, int64_t first, int64_t last,
-            const float* sinks, T* output) {
+            const float* sinks, const float* bias, T* output) {
     thread_local std::vector<float> scratch;
     const int64_t group = shape.group, length = last - first + 1;
     scratch.resize(group * (shape.key_dim + length + shape.value_dim));
@@ -56,6 +57,9 @@ void attend(const Shape& shape, const T* query, const T* keys, const T* values, 
         float* row = scores + g * length;
         if (shape.softcap > 0)
             for (int64_t i = 0; i < length; ++i) row[i] = std::tanh(row[i] / shape.softcap) * shape.softcap;
+        if (bias)
+            for (int64_t i = 0; i < length; ++i)
+                row[i] += bias[g * shape.distances + std::min(length - 1 - i, shape.distances - 1)];
         float largest = sinks ? sinks[g] : -INFINITY;
         for (int64_t i = 0; i < length; ++i) largest = std::max(largest, row[i]);
         float total = sinks ? std::exp(sinks[g] - largest) : 0.0f;
@@ -73,14 +77,16 @@ void attend(const Shape& shape, const T* query, const T* keys, const T* values, 
 
 template <typename T>
 void decode(const Shape& shape, int64_t sequences, const T* query, const T* keys, const T* values, const int32_t* tables,
-            int64_t table_stride, const int64_t* first, const int64_t* last, const float* sinks, T* output) {
+            int64_t table_stride, const int64_t* first, const int64_t* last, const float* sinks, const float* bias,
+            T* output) {
     const int64_t heads = shape.kv_heads * shape.group;
 #pragma omp parallel for schedule(dynamic) collapse(2)
     for (int64_t s = 0; s < sequences; ++s)
         for (int64_t k = 0; k < shape.kv_heads; ++k)
             attend(shape, query + (s * heads + k * shape.group) * shape.key_dim, keys + k * shape.key_dim,
                    values + k * shape.value_dim, tables + s * table_stride, first[s], last[s],
-                   sinks ? sinks + k * shape.group : nullptr, output + (s * heads + k * shape.group) * shape.value_dim);
+                   sinks ? sinks + k * shape.group : nullptr,
+                   bias ? bias + k * shape.group * shape.distances : nullptr, output + (s * heads + k * shape.group) * shape.value_dim);
 }
 
 }  // namespace
@@ -89,12 +95,13 @@ void decode(const Shape& shape, int64_t sequences, const T* query, const T* keys
 extern "C" void paged_decode(int is_bf16, int64_t sequences, int64_t kv_heads, int64_t group, int64_t key_dim, int64_t value_dim,
                              int64_t block_size, int64_t key_stride, int64_t value_stride, float scale, float softcap,
                              const void* query, const void* keys, const void* values, const int32_t* tables, int64_t table_stride,
-                             const int64_t* first, const int64_t* last, const float* sinks, void* output) {
-    const Shape shape{kv_heads, group, key_dim, value_dim, block_size, key_stride, value_stride, scale, softcap};
+                             const int64_t* first, const int64_t* last, const float* sinks, const float* bias,
+                             int64_t distances, void* output) {
+    const Shape shape{kv_heads, group, key_dim, value_dim, block_size, key_stride, value_stride, scale, softcap, distances};
     if (is_bf16)
         decode(shape, sequences, static_cast<const uint16_t*>(query), static_cast<const uint16_t*>(keys),
-               static_cast<const uint16_t*>(values), tables, table_stride, first, last, sinks, static_cast<uint16_t*>(output));
+               static_cast<const uint16_t*>(values), tables, table_stride, first, last, sinks, bias, static_cast<uint16_t*>(output));
     else
         decode(shape, sequences, static_cast<const float*>(query), static_cast<const float*>(keys),
-               static_cast<const float*>(values), tables, table_stride, first, last, sinks, static_cast<float*>(output));
+               static_cast<const float*>(values), tables, table_stride, first, last, sinks, bias, static_cast<float*>(output));
 }
