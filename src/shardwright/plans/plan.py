@@ -6,17 +6,18 @@ modules in the order in which they run, with what they take and give. Both are i
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml  # type: ignore[import-untyped]
 from torch import nn
 
 from shardwright.errors import PlanError
+from shardwright.plans.document import read_document
+from shardwright.plans.patterns import matches
 from shardwright.plans.styles import Style, parse_style
 
 Source = Literal["model", "config", "file", "argument", "inferred", "none"]
@@ -99,7 +100,7 @@ def with_overrides(plan: ParallelPlan, *, tp: ParallelPlan | None, pp: ParallelP
     return plan
 
 
-def read_plan(path: str | Path, *, base_prefix: str = "") -> ParallelPlan:
+def read_plan(path: str | Path, *, module: nn.Module | None = None) -> ParallelPlan:
     """Read a plan from a JSON or YAML file.
 
     The file holds `tp_plan`, `pp_plan` and `no_split`, or one of the first two alone without its name. Plans under
@@ -107,50 +108,50 @@ def read_plan(path: str | Path, *, base_prefix: str = "") -> ParallelPlan:
 
     Args:
         path: of the file.
-        base_prefix: name of the base model within the model.
+        module: the model, whose base is looked for; without one, such plans are relative to the whole.
 
     Raises: PlanError saying what is wrong, and where.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise PlanError(f"plan file {path} cannot be read: {exc}") from exc
-    try:
-        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as exc:
-        raise PlanError(f"plan file {path} is no {'JSON' if path.suffix == '.json' else 'YAML'}: {exc}") from exc
-    return parse_plan(document, where=f"plan file {path}", source="file", base_prefix=base_prefix)
+    return parse_plan(read_document(path), where=f"plan file {path}", source="file", module=module)
 
 
-def parse_plan(document: Any, *, where: str, source: Source, base_prefix: str = "") -> ParallelPlan:
-    """A plan from plain data; see `read_plan`. Raises PlanError."""
+PARTS = ("tp_plan", "pp_plan")
+KEYS = (*PARTS, *(f"base_model_{part}" for part in PARTS), "no_split")
+"""What a plan's document may hold."""
+
+
+def parse_plan(document: Any, *, where: str, source: Source, module: nn.Module | None = None) -> ParallelPlan:
+    """A plan from plain data; see `read_plan`. An empty part counts: it says that nothing is cut. Raises PlanError."""
     if not isinstance(document, Mapping):
         raise PlanError(f"{where}: a plan is a mapping of patterns to styles, not {_kind(document)}")
-    known = {"tp_plan", "pp_plan", "no_split", "base_model_tp_plan", "base_model_pp_plan"}
-    if not known & document.keys():
-        bare_tp = all(isinstance(value, str) for value in document.values())
+    if not document:
+        raise PlanError(f"{where} is empty: it needs a tp_plan, patterns to styles, or a pp_plan")
+    if not any(key in document for key in KEYS):
+        bare_tp = any(isinstance(value, str) for value in document.values())
         document = {"tp_plan" if bare_tp else "pp_plan": document}
-    if unknown := [key for key in document if key not in known]:
-        raise PlanError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    parts: dict[str, dict[str, Any]] = {"tp_plan": {}, "pp_plan": {}}
-    for name, part in parts.items():
-        for key, prefix in ((f"base_model_{name}", base_prefix), (name, "")):
+    if unknown := [key for key in document if key not in KEYS]:
+        raise PlanError(f"{where}: unknown key {_shown(unknown[0])}; known are {', '.join(KEYS)}")
+    parts: dict[str, dict[Any, Any]] = {}
+    for name in PARTS:
+        for key in (f"base_model_{name}", name):
             value = document.get(key)
             if value is None:
                 continue
             if not isinstance(value, Mapping):
                 raise PlanError(f"{where}: {key} must be a mapping, not {_kind(value)}")
-            part.update({f"{prefix}.{entry}" if prefix else entry: what for entry, what in value.items()})
+            if key != name and module is not None and all(isinstance(entry, str) for entry in value):
+                value = _with_prefix(value, base_prefix(module, value))
+            parts[name] = parts.get(name, {}) | dict(value)
     no_split = document.get("no_split") or ()
     if not isinstance(no_split, list | tuple) or not all(isinstance(name, str) for name in no_split):
-        raise PlanError(f"{where}: no_split must be a list of class names")
+        raise PlanError(f"{where}: no_split must be a list of class names, not {_kind(no_split)}")
     return ParallelPlan(
-        tp=parse_tp(parts["tp_plan"], where=where),
-        pp=parse_pp(parts["pp_plan"], where=where),
+        tp=parse_tp(parts.get("tp_plan", {}), where=where),
+        pp=parse_pp(parts.get("pp_plan", {}), where=where),
         no_split=frozenset(no_split),
-        tp_source=source if parts["tp_plan"] else "none",
-        pp_source=source if parts["pp_plan"] else "none",
+        tp_source=source if "tp_plan" in parts else "none",
+        pp_source=source if "pp_plan" in parts else "none",
     )
 
 
@@ -158,7 +159,7 @@ def parse_tp(entries: Mapping[Any, Any], *, where: str) -> dict[str, str]:
     """Patterns to words, checked. Raises PlanError."""
     for pattern, word in entries.items():
         if not isinstance(pattern, str) or not pattern or any(not level for level in pattern.split(".")):
-            raise PlanError(f"{where}: {pattern!r} is no pattern: levels of a module's name, `*` for any one")
+            raise PlanError(f"{where}: {_shown(pattern)} is no pattern: levels of a module's name, `*` for any one")
         if not isinstance(word, str):
             raise PlanError(f"{where}: {pattern!r} must name a style such as 'colwise', not {_kind(word)}")
         parse_style(word, where=f"{where}: {pattern!r}")
@@ -175,7 +176,7 @@ def _pipeline_entry(name: Any, entry: Any, *, where: str) -> PipelineEntry:
         return entry
     form = "two lists of names, its inputs and its outputs: [[hidden_states], [hidden_states]]"
     if not isinstance(name, str) or not isinstance(entry, list | tuple) or len(entry) != 2:
-        raise PlanError(f"{where}: pipeline entry {name!r} must have {form}")
+        raise PlanError(f"{where}: pipeline entry {_shown(name)} must have {form}")
     sides = []
     for side in entry:
         names = (side,) if isinstance(side, str) else side
@@ -185,15 +186,41 @@ def _pipeline_entry(name: Any, entry: Any, *, where: str) -> PipelineEntry:
     return PipelineEntry(*sides)
 
 
+def base_prefix(module: nn.Module, names: Iterable[str]) -> str:
+    """Name of the part of a model that the plans of its config speak of.
+
+    Args:
+        module: the model.
+        names: patterns or names of the plan.
+
+    Returns: that of the first module that has the text config and in which any of the names is found; empty for the
+        model itself.
+    """
+    config = _text_config(module)
+    base = getattr(module, "base_model_prefix", "")
+    candidates = [base] if base and isinstance(getattr(module, base, None), nn.Module) else []
+    candidates += [n for n, m in module.named_modules() if config is not None and getattr(m, "config", None) is config]
+    wanted = [name for name in names if isinstance(name, str)]
+    for candidate in candidates:
+        below = [name for name, _ in module.get_submodule(candidate).named_modules()]
+        if any(matches(pattern, name) for pattern in wanted for name in below):
+            return candidate
+    return candidates[0] if candidates else ""
+
+
+def _with_prefix(entries: Mapping[Any, Any], prefix: str) -> dict[Any, Any]:
+    return {f"{prefix}.{name}" if prefix else name: value for name, value in entries.items()}
+
+
+def _text_config(module: nn.Module) -> Any:
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _carried(module: nn.Module, kind: str) -> tuple[dict[str, Any], Source]:
     """Entries of a kind of plan on the modules of a model and on its config, names relative to the model."""
-    base = getattr(module, "base_model_prefix", "")
-    prefix = f"{base}." if base and hasattr(module, base) else ""
-    config: Any = getattr(module, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    on_config = {
-        f"{prefix}{name}": value for name, value in _mapping(text_config, f"base_model_{kind}", "config").items()
-    }
+    of_base = _mapping(_text_config(module), f"base_model_{kind}", "config")
+    on_config = _with_prefix(of_base, base_prefix(module, of_base)) if of_base else {}
     by_class: dict[str, Any] = {}
     by_instance: dict[str, Any] = {}
     for path, owner in reversed(list(module.named_modules())):  # what stands nearer to the root overrides
@@ -201,7 +228,9 @@ def _carried(module: nn.Module, kind: str) -> tuple[dict[str, Any], Source]:
         for name, value in _mapping(type(owner), f"_{kind}", type(owner).__name__).items():
             by_class[f"{where}{name}"] = value
         for name, value in _mapping(owner, f"_{kind}", type(owner).__name__).items():
-            if on_config.get(f"{where}{name}") != value:  # Transformers copies the config's onto the instance
+            # Transformers copies the config's onto the base, which it sometimes takes the whole model for
+            copied = on_config.get(f"{where}{name}") == value or (not path and of_base.get(name) == value)
+            if not copied:
                 by_instance[f"{where}{name}"] = value
     on_modules = by_class | by_instance
     source: Source = "config" if on_config else ("model" if on_modules else "none")
@@ -218,4 +247,9 @@ def _mapping(owner: Any, name: str, where: str) -> Mapping[Any, Any]:
 
 
 def _kind(value: Any) -> str:
-    return f"{type(value).__name__} ({str(value)[:40]!r})"
+    return f"{type(value).__name__} ({_shown(value)})"
+
+
+def _shown(value: Any) -> str:
+    """A value of any kind in bearable length."""
+    return reprlib.repr(value)
