@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shardwright.cache.spec import CacheGroup, Visibility, VisibilityKind, blocks_for_sequence
+from shardwright.engine.limits import SchedulerLimits
 from shardwright.engine.messages import EngineOutput, EngineRequest
-from shardwright.engine.scheduler import Scheduler, SchedulerLimits
+from shardwright.engine.scheduler import Scheduler
 from shardwright.outputs import FinishReason
 from shardwright.sampling_params import SamplingParams
 from shardwright.worker.batch import Batch, StepResult
@@ -47,10 +48,10 @@ class Worker:
 
     def step(self) -> tuple[Batch, list[EngineOutput]]:
         batch = self.scheduler.schedule()
-        return batch, self.scheduler.update(self.execute(batch))
+        return batch, self.scheduler.update(self.execute(batch)) if batch.rows else []
 
     def execute(self, batch: Batch) -> StepResult:
-        groups, block_size = self.scheduler.blocks.groups, self.scheduler.limits.block_size
+        groups, block_size = self.scheduler.memory.groups, self.scheduler.limits.block_size
         for new in batch.new_rows:
             self.known[new.row] = len(new.token_ids)
             for group in range(len(groups)):

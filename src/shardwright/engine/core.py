@@ -6,18 +6,44 @@ from typing import Protocol
 
 from shardwright.cache.spec import CacheGroup
 from shardwright.config import EngineConfig
-from shardwright.engine.messages import EngineInfo, EngineOutputs, EngineRequest, SchedulerStats
-from shardwright.engine.scheduler import Scheduler, SchedulerLimits
+from shardwright.engine.limits import SchedulerLimits
+from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
+from shardwright.engine.recovery import Recovery
+from shardwright.engine.scheduler import Scheduler
+from shardwright.errors import RanksLostError
 from shardwright.worker.batch import Batch, StepResult
 
 
 class Executor(Protocol):
-    """Whatever carries out batches: a worker in this process, for now."""
+    """Carries out batches on one rank or many; every rank gets them in the same order."""
 
     info: EngineInfo
     groups: list[CacheGroup]
+    max_in_flight: int
+    """Batches it can work on at the same time."""
 
-    def execute(self, batch: Batch) -> StepResult: ...
+    def submit(self, batch: Batch) -> None:
+        """Take a batch; at most `max_in_flight` at a time.
+
+        Raises: RanksLostError if ranks are gone. After any other error the batch counts as never submitted; where some
+            ranks have got it all the same, the next call raises RanksLostError.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """The result of the oldest batch. Raises RanksLostError; after any other error it may be asked for again."""
+        ...
+
+    def restart(self) -> None:
+        """Start all ranks anew, with empty caches of the sizes that `info` has; no batch is in flight afterwards.
+
+        Raises: what starting raised; RanksLostError if ranks are lost again.
+        """
+        ...
+
+    def close(self) -> None:
+        """End all ranks. May be called twice."""
+        ...
 
 
 class EngineCore:
@@ -25,7 +51,7 @@ class EngineCore:
 
     Args:
         config: of the engine.
-        executor: carries out batches.
+        executor: carries out batches; closed with the core.
     """
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
@@ -39,23 +65,25 @@ class EngineCore:
                 max_model_len=info.max_model_len,
                 block_size=info.block_size,
                 num_blocks=info.num_blocks,
+                max_in_flight=executor.max_in_flight,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill and info.takes_chunks,
                 enable_prefix_caching=config.cache.enable_prefix_caching and info.reuses_prefixes,
                 by_priority=config.scheduler.scheduling_policy == "priority",
             ),
             executor.groups,
         )
+        self._recovery = Recovery(executor, self.scheduler)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> EngineCore:
-        """An engine with its worker in this process. Raises what Worker raises."""
-        from shardwright.worker.worker import Worker
+        """An engine with its ranks where the configuration says. Raises what they raise at start."""
+        from shardwright.parallel.inline import InlineExecutor
 
-        return cls(config, Worker(config))
+        return cls(config, InlineExecutor(config))
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.num_unfinished > 0
+        return self.scheduler.num_unfinished > 0 or len(self.scheduler.in_flight) > 0
 
     @property
     def stats(self) -> SchedulerStats:
@@ -75,7 +103,32 @@ class EngineCore:
         return EngineOutputs(outputs=[], stats=self.scheduler.stats())
 
     def step(self) -> EngineOutputs:
-        """Compute one batch."""
-        batch = self.scheduler.schedule()
-        outputs = self.scheduler.update(self.executor.execute(batch)) if batch.rows else []
+        """Keep the executor busy, and take in the result of the oldest batch. Raises EngineDeadError if ranks were lost
+        for good.
+        """
+        outputs: list[EngineOutput] = []
+        try:
+            self._submit()
+            if self.scheduler.in_flight:
+                outputs = self.scheduler.update(self.executor.collect())
+        except RanksLostError as loss:
+            self._recovery.recover(loss)
         return EngineOutputs(outputs=outputs, stats=self.scheduler.stats())
+
+    def close(self) -> None:
+        """End the ranks. The core cannot be used afterwards."""
+        self.executor.close()
+
+    def _submit(self) -> None:
+        """Give the executor as many batches as it can work on."""
+        while len(self.scheduler.in_flight) < self.executor.max_in_flight:
+            batch = self.scheduler.schedule()
+            if not batch.rows:
+                return
+            try:
+                self.executor.submit(batch)
+            except RanksLostError:
+                raise
+            except BaseException:
+                self.scheduler.take_back(batch)
+                raise

@@ -26,6 +26,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """time.monotonic() of the front end."""
     priority: int = 0
     """Lower runs first under the priority policy."""
+    output_token_ids: list[int] = []
+    """The output so far, of a sequence that another core has begun."""
+    num_prompt_logprobs_sent: int = 0
+    """Prompt log-probabilities that the other core has sent."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -83,6 +87,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_computed_tokens: int = 0
     num_generated_tokens: int = 0
     num_steps: int = 0
+    num_restarts: int = 0
+    """How often ranks were lost and started anew."""
 
     @property
     def kv_cache_usage(self) -> float:
@@ -131,6 +137,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     num_parameters: int
     weight_bytes: int
+    """Of all ranks; what several hold counts for each."""
     vocab_size: int
     max_model_len: int
     block_size: int
@@ -144,6 +151,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether prompts may be computed in pieces."""
     reuses_prefixes: bool = True
     """Whether prompts may begin after a cached prefix."""
+    rank_weight_bytes: list[int] = []
+    """Of each rank."""
     eos_token_ids: list[int] = []
     """Tokens that end an output, beside those that the model's directory and its tokenizer name."""
     task: Literal["generate", "embed", "classify"] = "generate"

@@ -32,22 +32,30 @@ class Request:
         self.eos_token_ids = frozenset(message.eos_token_ids)
         self.sort_key = sort_key
         self.state = RequestState.WAITING
-        self.token_ids = list(message.prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids = message.prompt_token_ids + message.output_token_ids
+        self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
-        """Tokens whose keys and values are in the cache, or will be at the end of the step in flight."""
+        """Tokens whose keys and values are in the cache, or will be once the batches in flight are done."""
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the prefix cache when it first ran."""
-        self.num_prompt_logprobs_sent = 0
+        self.num_prompt_logprobs_sent = message.num_prompt_logprobs_sent
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
         self.row: int | None = None
+        self.num_in_flight = 0
+        """Batches in flight that it is part of."""
         self.blocks: BlockTables | None = None
         self._keys: list[bytes] = []
 
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    @property
+    def held_row(self) -> int:
+        """Its row of the workers' tables, while it has one."""
+        assert self.row is not None
+        return self.row
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +68,7 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens still to be computed before the next one can be sampled."""
+        """Tokens still to be computed before the next one can be sampled; none while that one is in flight."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property

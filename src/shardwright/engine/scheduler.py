@@ -4,40 +4,32 @@ There are no phases: a request has tokens to compute, and every step gives it so
 A step is filled in this order:
   1. running requests with one token left (decodes), so that nobody's stream stalls behind a long prompt;
   2. running requests with more left: prompts cut into chunks, and what was preempted;
-  3. waiting requests, as long as budget, rows and blocks last, unless something was preempted in this very step.
+  3. waiting requests, as long as budget, rows and blocks last, unless running ones lacked blocks in this very step.
 When blocks run out, the running request that is last in order is preempted: its blocks go back, and it waits to be
 computed anew. The first in order is never preempted for another, so it always ends: nobody starves.
+
+Where the executor works on several batches at a time, decodes are dealt out evenly to as many. What is in flight keeps
+its blocks: it is not preempted, and it leaves when its result is in, even if it was aborted before.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from shardwright.cache.block_pool import BlockPool
-from shardwright.cache.manager import BlockManager, PrefixHit
-from shardwright.cache.spec import CacheGroup, blocks_for_sequence
-from shardwright.engine.messages import EngineOutput, EngineRequest, SchedulerStats
+from shardwright.cache.manager import PrefixHit
+from shardwright.cache.spec import CacheGroup
+from shardwright.engine.batch_builder import BatchBuilder
+from shardwright.engine.in_flight import InFlight, ScheduledTokens
+from shardwright.engine.limits import SchedulerLimits
+from shardwright.engine.memory import SequenceMemory
+from shardwright.engine.messages import EngineOutput, EngineRequest, SchedulerStats, TokenLogprobs
 from shardwright.engine.queue import WaitingQueue
 from shardwright.engine.request import Request, RequestState
 from shardwright.outputs import FinishReason
-from shardwright.worker.batch import Batch, NewRow, StepResult, TableUpdate
+from shardwright.worker.batch import Batch, StepResult
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerLimits:
-    """Resolved limits of one engine."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-    enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = True
-    by_priority: bool = False
 
 
 @dataclass(slots=True)
@@ -48,35 +40,11 @@ class _Counters:
     computed_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
-
-
-@dataclass(slots=True)
-class _Step:
-    """A batch in the making."""
-
-    budget: int
-    requests: list[Request] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    new_rows: list[NewRow] = field(default_factory=list)
-    updates: list[TableUpdate] = field(default_factory=list)
-    has_preempted: bool = False
-
-    def add(self, request: Request, num_tokens: int) -> None:
-        self.requests.append(request)
-        self.num_tokens.append(num_tokens)
-        self.budget -= num_tokens
-
-    def drop(self, request: Request) -> None:
-        """Take back what was planned for a request that is preempted in the same step."""
-        if request in self.requests:
-            place = self.requests.index(request)
-            self.budget += self.num_tokens.pop(place)
-            del self.requests[place]
-            self.updates = [update for update in self.updates if update.row != request.row]
+    restarts: int = 0
 
 
 class Scheduler:
-    """Owns the requests, their blocks and their rows.
+    """Owns the requests, and decides who of them runs.
 
     Args:
         limits: of the engine.
@@ -85,24 +53,25 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, groups: list[CacheGroup]) -> None:
         self.limits = limits
-        self.blocks = BlockManager(
-            BlockPool(limits.num_blocks),
-            groups,
-            block_size=limits.block_size,
-            enable_prefix_caching=limits.enable_prefix_caching,
-        )
+        self.memory = SequenceMemory(limits, groups)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        self.in_flight = InFlight()
         self._requests: dict[str, Request] = {}
-        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._freed_rows: list[int] = []
+        """Those that have not ended, by id."""
+        self._sampled: dict[int, int] = {}
+        """Tokens by row that came in since the last batch."""
         self._arrivals = 0
         self._counters = _Counters()
-        self._scheduled: list[tuple[Request, int]] = []
 
     @property
     def num_unfinished(self) -> int:
         return len(self._requests)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Since the engine's start."""
+        return self._counters.generated_tokens
 
     def add(self, message: EngineRequest) -> None:
         """Queue a request. Raises ValueError if its id is in use."""
@@ -118,77 +87,62 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._end(request, FinishReason.ABORT)
+        request.finish(FinishReason.ABORT)
+        self._release(request)
         return True
 
     def schedule(self) -> Batch:
-        """Plan the next step. The batch is empty when there is nothing to do."""
-        step = _Step(budget=self.limits.max_num_batched_tokens)
+        """Plan the next step, which is in flight until `update`. The batch is empty when there is nothing to do."""
+        step = BatchBuilder(self.limits.max_num_batched_tokens)
         decodes = [r for r in self.running if r.num_pending_tokens == 1]
-        prefills = [r for r in self.running if r.num_pending_tokens != 1]
-        for request in decodes + prefills:
+        prefills = [r for r in self.running if r.num_pending_tokens > 1]
+        for request in decodes[: self._decode_share(len(prefills))] + prefills:
             if request.state is RequestState.RUNNING and step.budget > 0:
                 self._schedule_running(step, request)
-        self._store_prefixes(step.requests, step.num_tokens)
-        if not step.has_preempted:
-            while step.budget > 0 and self._free_rows and self._schedule_waiting(step):
+        for part in step.parts:
+            self.memory.store_prefix(part.request, part.end)
+        if step.may_start:
+            while step.budget > 0 and self.memory.has_free_row and self._schedule_waiting(step):
                 pass
-        self._scheduled = list(zip(step.requests, step.num_tokens, strict=True))
-        batch = Batch(
-            rows=[_row(r) for r in step.requests],
-            num_computed=[r.num_computed_tokens for r in step.requests],
-            num_tokens=step.num_tokens,
-            new_rows=step.new_rows,
-            table_updates=step.updates,
-            freed_rows=self._freed_rows,
-        )
-        if batch.rows:
-            self._freed_rows = []
-        for request, num_tokens in self._scheduled:
-            request.num_computed_tokens += num_tokens
-        return batch
+        return self._launch(step)
 
     def update(self, result: StepResult) -> list[EngineOutput]:
-        """Take in what the step computed; end what is done; free what is no longer seen."""
+        """Take in what the oldest step in flight computed; end what is done; free what is no longer seen."""
         outputs = []
         self._counters.steps += 1
-        for place, (request, num_tokens) in enumerate(self._scheduled):
-            self._counters.computed_tokens += num_tokens
-            if request.is_finished:  # aborted while the step ran
+        for place, part in enumerate(self.in_flight.pop_oldest()):
+            self._counters.computed_tokens += part.num_tokens
+            if part.request.is_finished:  # aborted while the step ran
+                if not part.request.num_in_flight:
+                    self.memory.give_back(part.request)
                 continue
-            token = result.token_ids[place]
-            logprobs = result.logprobs.get(place)
-            prompt_logprobs = result.prompt_logprobs.get(place)
-            if prompt_logprobs is not None:
-                # Positions computed again after preemption have been reported before.
-                first = request.num_computed_tokens - num_tokens
-                prompt_logprobs = prompt_logprobs[max(0, request.num_prompt_logprobs_sent - first) :]
-                request.num_prompt_logprobs_sent += len(prompt_logprobs)
-            if token is not None:
-                request.append(token, max_model_len=self.limits.max_model_len)
-                self._counters.generated_tokens += 1
-            if place in result.errors:
-                logger.error("request %s ended: %s", request.request_id, result.errors[place])
-                self._forget_prefixes(request)
-                request.finish(FinishReason.ABORT)
-            if request.is_finished:
-                self._release(request)
-            elif request.blocks is not None:
-                self._drop_unseen(request)
-            if token is not None or prompt_logprobs or request.is_finished:
-                outputs.append(
-                    EngineOutput(
-                        request_id=request.request_id,
-                        new_token_ids=[] if token is None else [token],
-                        finish_reason=request.finish_reason,
-                        stop_reason=request.stop_reason,
-                        logprobs=[logprobs] if logprobs is not None else None,
-                        prompt_logprobs=prompt_logprobs or None,
-                        num_cached_tokens=request.num_cached_tokens or 0,
-                    )
-                )
-        self._scheduled = []
+            output = self._take(part, place, result)
+            if output is not None:
+                outputs.append(output)
         return outputs
+
+    def take_back(self, batch: Batch) -> None:
+        """The batch that was scheduled last has reached no worker and will not: its sequences wait again."""
+        self.memory.return_freed_rows(batch.freed_rows)
+        self._sampled |= zip(batch.sampled_rows, batch.sampled_token_ids, strict=True)
+        for part in self.in_flight.pop_newest():
+            self.memory.forget_prefix(part.request)
+            if part.request.num_in_flight:  # with an earlier piece of its prompt
+                part.request.num_computed_tokens = part.start
+                self.memory.tell_again(part.request)
+            else:
+                self._put_back(part.request)
+
+    def start_over(self) -> None:
+        """All that workers had in memory is gone: what ran or was in flight waits again, with the tokens it has."""
+        self._counters.restarts += 1
+        self.in_flight.clear()
+        self.memory.reset()
+        self._sampled.clear()
+        for request in self.running:
+            request.row = request.blocks = None
+            self._wait(request)
+        self.running.clear()
 
     def stats(self) -> SchedulerStats:
         counters = self._counters
@@ -196,163 +150,149 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_blocks=self.limits.num_blocks,
-            num_free_blocks=self.blocks.pool.num_free,
+            num_free_blocks=self.memory.num_free_blocks,
             num_preemptions=counters.preemptions,
             num_prefix_query_tokens=counters.prefix_query_tokens,
             num_prefix_hit_tokens=counters.prefix_hit_tokens,
             num_computed_tokens=counters.computed_tokens,
             num_generated_tokens=counters.generated_tokens,
             num_steps=counters.steps,
+            num_restarts=counters.restarts,
         )
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running requests are not touched."""
-        self.blocks.pool.forget_all()
+        self.memory.forget_prefixes()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, rows and queues are consistent."""
-        tables = [table for r in self._requests.values() if r.blocks for table in r.blocks.tables]
-        self.blocks.pool.check_integrity(tables)
-        rows = [_row(r) for r in self.running]
-        assert sorted(rows + self._free_rows) == list(range(self.limits.max_num_seqs)), "a row is lost or owned twice"
+        leaving = {part.request for part in self.in_flight if part.request.is_finished}
+        self.memory.check_integrity([*self.running, *leaving])
         assert len(self.running) + len(self.waiting) == len(self._requests), "a request is in no queue, or in two"
 
-    def _schedule_running(self, step: _Step, request: Request) -> None:
-        assert request.blocks is not None
+    def _decode_share(self, num_prefills: int) -> int:
+        """Most decodes of one batch, so that each batch in flight has as many."""
+        num_batches = self.limits.max_in_flight
+        return len(self.running) if num_batches == 1 else -(-(len(self.running) - num_prefills) // num_batches)
+
+    def _launch(self, step: BatchBuilder) -> Batch:
+        """The batch of a step, if it has anything to compute, is in flight from here on."""
+        parts = step.parts
+        if not parts:
+            return step.build(freed_rows=[], sampled={})
+        batch = step.build(freed_rows=self.memory.take_freed_rows(), sampled=self._sampled)
+        self._sampled.clear()
+        self.in_flight.push(parts)
+        for part in parts:
+            part.request.num_computed_tokens += part.num_tokens
+        return batch
+
+    def _schedule_running(self, step: BatchBuilder, request: Request) -> None:
         num_tokens = min(request.num_pending_tokens, step.budget)
-        while not self.blocks.grow(request.blocks, request.num_computed_tokens + num_tokens):
-            victim = max(self.running, key=lambda r: r.sort_key)
-            self._preempt(step, victim)
+        while not self.memory.grow(request, request.num_computed_tokens + num_tokens):
+            step.may_start = False
+            victim = max((r for r in self.running if not r.num_in_flight), key=lambda r: r.sort_key, default=request)
+            if self.in_flight and victim.sort_key <= request.sort_key:
+                return  # blocks may come back with what is in flight
+            step.drop(victim)
+            self._put_back(victim)
+            self._counters.preemptions += 1
             if victim is request:
                 return
-        self._note_new_blocks(step, request)
-        step.add(request, num_tokens)
+        step.add(request, num_tokens, self.memory.news(request))
 
-    def _schedule_waiting(self, step: _Step) -> bool:
+    def _schedule_waiting(self, step: BatchBuilder) -> bool:
         """Start the request at the head of the queue. False if it must go on waiting."""
         request = self.waiting.peek()
         if request is None:
             return False
-        hit = self._find_prefix(request)
+        hit = self.memory.find_prefix(request)
         pending = request.num_tokens - hit.num_tokens
         num_tokens = min(pending, step.budget)
         if num_tokens < pending and not self.limits.enable_chunked_prefill:
             return False
-        if not self._has_room(request, hit, num_tokens):
+        if not self.memory.has_room(request, hit, num_tokens, num_running=len(self.running)):
             return False
         self.waiting.pop()
-        self._start(step, request, hit)
-        assert request.blocks is not None
-        grown = self.blocks.grow(request.blocks, hit.num_tokens + num_tokens)
-        assert grown, "can_start promised blocks that the pool does not have"
-        self._note_new_blocks(step, request)
-        step.add(request, num_tokens)
+        self._start(request, hit)
+        step.announce(request)
+        grown = self.memory.grow(request, hit.num_tokens + num_tokens)
+        assert grown, "has_room promised blocks that the pool does not have"
+        step.add(request, num_tokens, self.memory.news(request))
         # Started requests are not preempted in this step, so others in it may already build on their blocks.
-        self._store_prefixes([request], [num_tokens])
+        self.memory.store_prefix(request, hit.num_tokens + num_tokens)
         return True
 
-    def _has_room(self, request: Request, hit: PrefixHit, num_tokens: int) -> bool:
-        """Whether blocks suffice for the first chunk and, beside others, for all that is known of the request.
-
-        Without the second condition a long prompt would start, run out, be preempted, and start again.
-        """
-        if not self.blocks.can_start(hit, hit.num_tokens + num_tokens):
-            return False
-        if not self.running:
-            return True
-        whole = blocks_for_sequence(
-            self.blocks.groups,
-            num_tokens=request.num_tokens + 1,
-            chunk=self.limits.max_num_batched_tokens,
-            block_size=self.limits.block_size,
-        )
-        held = sum(len(table) - self.blocks.pool.num_unheld(table) for table in hit.tables)
-        spare = len(self.running) * len(self.blocks.groups)  # each running sequence may need a block in the next steps
-        return whole - held + spare <= self.blocks.pool.num_free
-
-    def _find_prefix(self, request: Request) -> PrefixHit:
-        if request.params.prompt_logprobs is not None:  # needs the logits of every prompt position
-            return PrefixHit()
-        keys = request.block_keys(self.limits.block_size) if self.limits.enable_prefix_caching else []
-        return self.blocks.find_prefix(keys, max_tokens=request.num_tokens - 1)
-
-    def _start(self, step: _Step, request: Request, hit: PrefixHit) -> None:
+    def _start(self, request: Request, hit: PrefixHit) -> None:
+        self.memory.start(request, hit)
         request.state = RequestState.RUNNING
-        request.row = self._free_rows.pop()
-        request.blocks = self.blocks.start(hit)
         request.num_computed_tokens = hit.num_tokens
         if request.num_cached_tokens is None:
             request.num_cached_tokens = hit.num_tokens
             self._counters.prefix_query_tokens += request.num_tokens
             self._counters.prefix_hit_tokens += hit.num_tokens
         self.running.append(request)
-        step.new_rows.append(
-            NewRow(
-                row=request.row,
-                token_ids=list(request.token_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling_params=request.params,
-                stop_token_ids=request.stop_token_ids,
-            )
+
+    def _take(self, part: ScheduledTokens, place: int, result: StepResult) -> EngineOutput | None:
+        """What a step brought for one sequence; None if it is nothing that anybody waits for."""
+        request, token = part.request, result.token_ids[place]
+        if token is not None:
+            request.append(token, max_model_len=self.limits.max_model_len)
+            self._counters.generated_tokens += 1
+        if place in result.errors:
+            logger.error("request %s ended: %s", request.request_id, result.errors[place])
+            self.memory.forget_prefix(request)
+            request.finish(FinishReason.ABORT)
+        if request.is_finished:
+            self._release(request)
+        else:
+            self.memory.drop_unseen(request, part.end)
+            if token is not None:
+                self._sampled[request.held_row] = token
+        prompt_logprobs = _unsent(request, part, result.prompt_logprobs.get(place))
+        if token is None and not prompt_logprobs and not request.is_finished:
+            return None
+        logprobs = result.logprobs.get(place)
+        return EngineOutput(
+            request_id=request.request_id,
+            new_token_ids=[] if token is None else [token],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            logprobs=[logprobs] if logprobs is not None else None,
+            prompt_logprobs=prompt_logprobs or None,
+            num_cached_tokens=request.num_cached_tokens or 0,
         )
 
-    def _note_new_blocks(self, step: _Step, request: Request) -> None:
-        """Tell the worker of blocks it has not been told of."""
-        assert request.blocks is not None
-        for group, table in enumerate(request.blocks.tables):
-            told = request.blocks.num_told[group]
-            if told < len(table):
-                step.updates.append(TableUpdate(_row(request), group, told, table[told:]))
-                request.blocks.num_told[group] = len(table)
+    def _release(self, request: Request) -> None:
+        """Let go of a finished request, and of what it holds unless that is in flight."""
+        del self._requests[request.request_id]
+        if self.waiting.remove(request.request_id) is None:
+            self._leave(request)
+            if not request.num_in_flight:
+                self.memory.give_back(request)
 
-    def _store_prefixes(self, requests: list[Request], num_tokens: list[int]) -> None:
-        if not self.limits.enable_prefix_caching:
-            return
-        for request, count in zip(requests, num_tokens, strict=True):
-            assert request.blocks is not None
-            end = request.num_computed_tokens + count
-            if end // self.limits.block_size > min(request.blocks.num_stored):
-                self.blocks.store(request.blocks, request.block_keys(self.limits.block_size), end)
-
-    def _forget_prefixes(self, request: Request) -> None:
-        assert request.blocks is not None
-        for table in request.blocks.tables:
-            self.blocks.pool.forget(table)
-
-    def _drop_unseen(self, request: Request) -> None:
-        assert request.blocks is not None
-        self.blocks.drop_unseen(request.blocks, request.num_computed_tokens)
-
-    def _preempt(self, step: _Step, request: Request) -> None:
-        step.drop(request)
-        step.has_preempted = True
+    def _put_back(self, request: Request) -> None:
+        """Let a running request wait and start anew later; it must not be in flight."""
         self._leave(request)
+        self.memory.give_back(request)
+        self._wait(request)
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self._sampled.pop(request.held_row, None)
+
+    def _wait(self, request: Request) -> None:
         request.state = RequestState.WAITING
         request.num_computed_tokens = 0
         self.waiting.push(request)
-        self._counters.preemptions += 1
-
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        request.finish(reason)
-        self._release(request)
-
-    def _release(self, request: Request) -> None:
-        """Let go of all that a finished request holds."""
-        if self.waiting.remove(request.request_id) is None:
-            self._leave(request)
-        del self._requests[request.request_id]
-
-    def _leave(self, request: Request) -> None:
-        """Take a request out of the running ones: its blocks and its row are free again."""
-        self.running.remove(request)
-        assert request.blocks is not None
-        self.blocks.release(request.blocks)
-        request.blocks = None
-        self._free_rows.append(_row(request))
-        self._freed_rows.append(_row(request))
-        request.row = None
 
 
-def _row(request: Request) -> int:
-    assert request.row is not None
-    return request.row
+def _unsent(
+    request: Request, part: ScheduledTokens, prompt_logprobs: list[TokenLogprobs] | None
+) -> list[TokenLogprobs] | None:
+    """Without those at positions computed again after preemption, which have been reported before."""
+    if prompt_logprobs is None:
+        return None
+    unsent = prompt_logprobs[max(0, request.num_prompt_logprobs_sent - part.start) :]
+    request.num_prompt_logprobs_sent += len(unsent)
+    return unsent
