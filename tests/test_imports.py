@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plans": LEAVES | {"layers"},
     "adapt": LEAVES | {"attention", "cache", "layers"},
     "worker": LEAVES | {"adapt", "attention", "cache", "layers", "loading", "models", "plans"},
-    "parallel": LEAVES | {"cache", "layers", "plans", "worker"},
+    "parallel": LEAVES | {"cache", "layers", "models", "plans", "worker"},
     "pooling": LEAVES | {"layers", "loading", "models", "worker"},
     "engine": LEAVES | {"worker", "parallel", "pooling", "cache", "models"},
     "llm": LEAVES | {"engine", "models"},

@@ -22,11 +22,11 @@ CPU_SHARE = 0.5
 """Share of the memory available on a CPU that the KV cache takes at most unless told otherwise."""
 
 
-def kv_cache_budget(config: CacheConfig, device: torch.device) -> int:
-    """Bytes that the KV cache may take. Call it after the model ran a step of the largest size.
+def kv_cache_budget(config: CacheConfig, device: torch.device, *, num_sharing: int = 1) -> int:
+    """Bytes that the KV cache of one rank may take. Call it after the model ran a step of the largest size.
 
     On a GPU: `gpu_memory_utilization` of its memory, less what weights and that step took at their peak. On a CPU: the
-    machine's available memory decides.
+    machine's available memory decides, which `num_sharing` ranks share.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
@@ -35,7 +35,7 @@ def kv_cache_budget(config: CacheConfig, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         used_by_others = total - free - torch.cuda.memory_reserved(device)
         return int(total * config.gpu_memory_utilization) - torch.cuda.max_memory_allocated(device) - used_by_others
-    return min(CPU_DEFAULT_BYTES, int(psutil.virtual_memory().available * CPU_SHARE))
+    return min(CPU_DEFAULT_BYTES, int(psutil.virtual_memory().available * CPU_SHARE)) // num_sharing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ the number of requests. The engine stays the owner: a row is filled anew wheneve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,16 +49,26 @@ class ModelRunner:
         limits: sizes of the tables.
         device: where logits are.
         seed: of sampling for requests that bring none.
+        groups: per cache group that batches name, the place of the model's own; None: it has no layer of that group.
+            Default: they are the same.
         samples: whether this rank turns logits into tokens; the others learn them from the batches that follow.
     """
 
     def __init__(
-        self, model: StepModel, limits: RunnerLimits, *, device: torch.device, seed: int, samples: bool = True
+        self,
+        model: StepModel,
+        limits: RunnerLimits,
+        *,
+        device: torch.device,
+        seed: int,
+        groups: Sequence[int | None] | None = None,
+        samples: bool = True,
     ) -> None:
         self._model = model
         self._limits = limits
         self._device = device
         self._samples = samples
+        self._group_places = range(len(model.groups)) if groups is None else groups
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self._token_rows = np.zeros((limits.max_num_seqs, limits.max_model_len), dtype=np.int32)
         self._num_known = np.zeros(limits.max_num_seqs, dtype=np.int64)
@@ -116,7 +127,10 @@ class ModelRunner:
                 stop_token_ids=new.stop_token_ids,
             )
         for update in batch.table_updates:
-            table = self._block_tables[update.group]
+            place = self._group_places[update.group]
+            if place is None:  # layers of this group are on other stages
+                continue
+            table = self._block_tables[place]
             table[update.row, update.start : update.start + len(update.blocks)] = update.blocks
 
     def _scored_prompts(self, rows: Ints, num_computed: Ints, num_tokens: Ints, ends: Ints) -> list[_ScoredPrompt]:
