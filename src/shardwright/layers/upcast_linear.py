@@ -10,11 +10,14 @@ Results are those of float32 accumulation, rounded once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.kernels.linear import MAX_TOKENS, is_available, linear_bf16
+from shardwright.layers.parallel import PARALLEL_LINEARS, combined
 
 MIN_TOKENS = 6
 """Without the native kernel: from this many tokens on widening pays; below, reading half the bytes does."""
@@ -66,13 +69,14 @@ def has_fast_half_products() -> bool:
 def upcast_linears(module: nn.Module) -> int:
     """Turn the plain half-precision linears of a module into UpcastLinear, in place. Returns how many.
 
-    Subclasses are left alone: their forward may do something else.
+    Subclasses but our own are left alone: their forward may do something else.
     """
-    linears = [m for m in module.modules() if type(m) is nn.Linear and m.weight.dtype in _HALF]
+    plain = (nn.Linear, *PARALLEL_LINEARS)
+    linears: list[Any] = [m for m in module.modules() if type(m) in plain and m.weight.dtype in _HALF]
     widest = max((linear.in_features for linear in linears), default=0)
     scratch = torch.empty(max(SCRATCH_ELEMENTS, widest))
     for linear in linears:
-        linear.__class__ = UpcastLinear
+        linear.__class__ = UpcastLinear if type(linear) is nn.Linear else combined((type(linear), UpcastLinear))
         assert isinstance(linear, UpcastLinear)
         linear.scratch = scratch
         is_bf16 = linear.weight.dtype is torch.bfloat16 and linear.weight.is_contiguous()
