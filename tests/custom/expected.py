@@ -7,18 +7,14 @@ SDPA = {
     "local_global", "mha_block", "parallel_block", "torch_encoder",
 }  # fmt: skip
 DATAFLOW = {
-    "baddbmm_net", "bmm_gpt", "capped_scores", "complex_rope", "einsum_net", "flat_head", "gathered_rope", "keys_first",
-    "mha_weights", "moe_loop", "tril_gpt", "windowed_raw",
+    "alibi_bare", "alibi_cached", "baddbmm_net", "bmm_gpt", "capped_scores", "complex_rope", "einsum_net", "flat_head",
+    "gathered_rope", "keys_first", "mha_weights", "moe_loop", "own_softmax", "tril_gpt", "windowed_raw",
 }  # fmt: skip
-PER_REQUEST = {
-    "alibi_cached": "its scores are not scaled products of queries and keys; is a bias added?",
-}
+PER_REQUEST: dict[str, str] = {}
 RECOMPUTE = {
-    "alibi_bare": "its scores are not scaled products of queries and keys; is a bias added?",
     "data_dependent": "its code computes differently for different prompts",
     "linear_attention": "no attention was found in its forward pass",
     "lone_token": "its code took another path than when it was traced",
-    "own_softmax": "its scores go through no softmax",
     "prefix_lm": "its attention is not causal",
     "remembered_length": "its code counts tokens once, and remembers it for prompts of the same length",
     "token_shift": "logits differ from those of its own forward pass",

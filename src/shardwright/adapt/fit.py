@@ -1,4 +1,4 @@
-"""From what an attention computed to what it means: scale, soft-cap, who sees whom, which heads are copies.
+"""From what an attention computed to what it means: scale, soft-cap, mask, bias, sinks, which heads are copies.
 
 Everything is read off numbers of a real pass with the model's own weights, so it holds whatever the code looks like.
 What does not fit is refused with a reason; what fits by accident is caught by the comparison of logits that follows
@@ -7,24 +7,32 @@ What does not fit is refused with a reason; what fits by accident is caught by t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shardwright.adapt.trace import AttentionTrace
+from shardwright.adapt.bias import Bias, read_bias
+from shardwright.adapt.followed import AttentionTrace
 from shardwright.attention.layout import AttentionParams
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
 from shardwright.errors import UnsupportedModelError
 
 TOLERANCE = 2e-3
-"""Largest misfit of scores, relative to the largest score: float32 noise is far below, another formula far above."""
+"""Largest misfit of scores, relative to the largest score, and of weights: float32 noise is far below, another formula
+far above."""
 
 ROUNDINGS = 4
-"""So many times a score may have been rounded to the type of queries and keys, on top of that."""
+"""So many times a number may have been rounded to the type of queries and keys, on top of that."""
 
 HIDDEN = -5e3
 """Scores from here down stand for positions that are not seen, however the code spells infinity; -10000 is common."""
+
+LEAST_SINK = 1e-4
+"""Weight that a sink must take somewhere to be seen."""
+
+ONE_TOLERANCE = 1e-2
+"""Sinks this near to zero are meant to be zero."""
 
 CAP_ADVANTAGE = 4.0
 """So many times better a soft-cap must fit than none: one far above all scores fits as well as none."""
@@ -39,8 +47,21 @@ class FittedAttention:
 
     spec: LayerSpec
     params: AttentionParams
+    """Without its bias, which reaches as far as sequences do."""
     repeats: int
     """Query heads that share a KV head which the code repeats: every `repeats`-th of its heads is kept."""
+    bias: Bias | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """What goes into the softmax, understood."""
+
+    visibility: Visibility
+    scale: float
+    softcap: float | None = None
+    bias: Bias | None = None
+    sinks_H: Tensor | None = None
 
 
 def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
@@ -58,11 +79,10 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
             f"{name}: queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} "
             "do not match"
         )
-    if trace.is_sdpa:
-        visibility, scale, softcap = _sdpa_visibility(trace, name), trace.options.get("scale"), None
-        scale = query.shape[2] ** -0.5 if scale is None else float(scale)
-    else:
-        visibility, scale, softcap = _fit_scores(trace, query, key, name)
+    try:
+        scores = _sdpa_scores(trace) if trace.is_sdpa else _fit_scores(trace, query, key)
+    except UnsupportedModelError as exc:
+        raise UnsupportedModelError(f"{name}: {exc}") from exc
     repeats = _repeats(key, value)
     return FittedAttention(
         LayerSpec(
@@ -71,58 +91,169 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
             num_kv_heads=key.shape[0] // repeats,
             key_dim=key.shape[2],
             value_dim=value.shape[2],
-            visibility=visibility,
+            visibility=scores.visibility,
         ),
-        AttentionParams(scale=scale, softcap=softcap),
+        AttentionParams(scale=scores.scale, softcap=scores.softcap, sinks_H=scores.sinks_H),
         repeats,
+        scores.bias,
     )
 
 
-def _sdpa_visibility(trace: AttentionTrace, name: str) -> Visibility:
+def with_biases(attentions: list[FittedAttention], num_positions: int) -> list[FittedAttention]:
+    """The attentions with their biases among their parameters, for sequences of so many tokens; equal ones are kept
+    once.
+
+    Raises: UnsupportedModelError if a bias is not known that far.
+    """
+    distinct: list[Tensor] = []
+    completed = []
+    for attention in attentions:
+        if attention.bias is not None:
+            bias = attention.bias.over(min(num_positions, attention.spec.visibility.size or num_positions))
+            known = next((other for other in distinct if torch.equal(other, bias)), None)
+            if known is None:
+                distinct.append(known := bias)
+            attention = replace(attention, params=replace(attention.params, bias_HN=known))
+        completed.append(attention)
+    return completed
+
+
+def _sdpa_scores(trace: AttentionTrace) -> _Scores:
+    num_heads, length, dim = trace.query.shape
+    scale = trace.options.get("scale")
+    scale = dim**-0.5 if scale is None else float(scale)
     mask = trace.options.get("attn_mask")
     if trace.options.get("is_causal"):
-        return Visibility()
+        return _Scores(Visibility(), scale)
     if mask is None:
-        raise UnsupportedModelError(f"{name}: its attention is not causal")
-    length = trace.query.shape[1]
+        raise UnsupportedModelError("its attention is not causal")
     rows = mask.detach().expand(*mask.shape[:-2], length, length).reshape(-1, length, length)
     allowed = rows if rows.dtype == torch.bool else rows > HIDDEN
-    if rows.dtype != torch.bool and bool((rows[allowed] != 0).any()):
-        raise UnsupportedModelError(f"{name}: it adds a bias to its attention scores")
-    return _visibility(allowed, name)
+    visibility = read_visibility(allowed)
+    bias = None if rows.dtype == torch.bool else read_bias(rows.expand(num_heads, -1, -1), allowed[0])
+    return _Scores(visibility, scale, bias=bias)
 
 
-def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor, name: str) -> tuple[Visibility, float, float | None]:
+def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor) -> _Scores:
     assert trace.scores is not None
-    seen = trace.scores > HIDDEN
-    visibility = _visibility(seen, name)
-    products = (query @ key.transpose(1, 2))[seen]
-    scores = trace.scores.float()[seen]
-    rounding = ROUNDINGS * torch.finfo(trace.query.dtype).eps
-    bound = TOLERANCE * scores.abs().max() + rounding * scores.abs()
+    assert trace.blank is not None
+    assert trace.weights is not None
+    length, precision = query.shape[1], torch.finfo(trace.query.dtype).eps
+    weights = trace.weights.float()
+    if weights.shape != (*trace.scores.shape[:2], length):
+        raise UnsupportedModelError(f"its weights are {tuple(weights.shape)}")
+    columns = _columns(trace.scores, weights)
+    scores, blank = (tensor[..., columns].float() for tensor in (trace.scores, trace.blank))
+    visibility = read_visibility(scores > HIDDEN)
+    seen = (scores > HIDDEN)[0]
+    sums = weights.sum(-1)
+    has_sinks = bool((1 - sums > LEAST_SINK + ROUNDINGS * precision).any())
+    bias = read_bias(blank.to(trace.query.dtype), seen, is_shifted=trace.is_shifted, may_shift=not has_sinks)
+    rest = scores - blank
+    products = query @ key.transpose(1, 2)
+    scale, softcap = _scale_and_cap(rest, products, scores, seen, precision, is_shifted=trace.is_shifted)
+    expected = _capped(scale * products, softcap)
+    if bias is not None:
+        expected += bias.at(_distances(length, blank.device))
+    expected = expected.masked_fill(~seen, float("-inf"))
+    totals = expected.logsumexp(-1)
+    sinks = None
+    if has_sinks:
+        sinks = _sinks(trace.scores, columns, totals, sums)
+        totals = totals.logaddexp(sinks[:, None])
+    misfit = (weights - (expected - totals[..., None]).exp()).abs()
+    rounded = ROUNDINGS * precision * (1 + scores.abs().masked_fill(~seen, 0).amax(-1, keepdim=True))
+    if not bool((misfit <= TOLERANCE + rounded).all()):
+        raise UnsupportedModelError("its weights are not the softmax of its scores")
+    return _Scores(visibility, scale, softcap, bias, sinks)
+
+
+def _columns(scores: Tensor, weights: Tensor) -> slice:
+    """Which columns of the scores belong to positions: the first or the last ones."""
+    length, width = weights.shape[-1], scores.shape[-1]
+    if width == length:
+        return slice(0, length)
+    shares = scores.float().softmax(-1)
+    choices = [slice(0, length), slice(width - length, width)]
+    return min(choices, key=lambda columns: float((shares[..., columns] - weights).abs().max()))
+
+
+def _scale_and_cap(
+    rest: Tensor, products: Tensor, scores: Tensor, seen: Tensor, precision: float, *, is_shifted: bool
+) -> tuple[float, float | None]:
+    """Scale and soft-cap that make products of queries and keys to scores without their bias.
+
+    Args:
+        rest: [H, T, T], scores less mask and bias.
+        products: [H, T, T].
+        scores: [H, T, T].
+        seen: [T, T].
+        precision: to which queries and keys are rounded.
+        is_shifted: whether a number for each row was taken off.
+    """
+
+    def compared(values: Tensor) -> Tensor:
+        own = torch.diagonal(values, dim1=-2, dim2=-1)[..., None] if is_shifted else 0
+        return (values - own).expand_as(products)[:, seen]
+
+    actual, straight, sizes = compared(rest), compared(products), scores.abs()[:, seen]
+    largest = actual.abs().max()
+    bound = TOLERANCE * largest + ROUNDINGS * precision * (sizes + (sizes.max() if is_shifted else 0))
     fits: list[tuple[float, float, float | None]] = []
     for softcap in (None, *SOFT_CAPS):
-        if softcap is not None and bool((scores.abs() >= softcap).any()):
+        if softcap is None:
+            scale = float((actual * straight).sum() / straight.square().sum().clamp_min(1e-12))
+        elif is_shifted or bool((rest[:, seen].abs() >= softcap).any()):
             continue
-        uncapped = scores if softcap is None else torch.atanh(scores / softcap) * softcap
-        scale = float((uncapped * products).sum() / products.square().sum().clamp_min(1e-12))
-        expected = scale * products if softcap is None else torch.tanh(scale * products / softcap) * softcap
-        misfit = float(((scores - expected).abs() / bound.clamp_min(1e-12)).max())
+        else:
+            uncapped = torch.atanh(actual / softcap) * softcap
+            scale = float((uncapped * straight).sum() / straight.square().sum().clamp_min(1e-12))
+        expected = compared(_capped(scale * products, softcap))
+        misfit = float(((actual - expected).abs() / bound.clamp_min(1e-12)).max())
         fits.append((misfit if softcap is None else misfit * CAP_ADVANTAGE, scale, softcap))
     misfit, scale, softcap = min(fits, key=lambda fit: fit[0])
     if not misfit <= 1:
-        raise UnsupportedModelError(f"{name}: its scores are not scaled products of queries and keys; is a bias added?")
-    return visibility, scale, softcap
+        raise UnsupportedModelError("its scores are not scaled products of queries and keys, with or without a bias")
+    return scale, softcap
 
 
-def _visibility(allowed_HTT: Tensor, name: str) -> Visibility:
-    """Who sees whom, from who did."""
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _sinks(scores: Tensor, columns: slice, totals: Tensor, sums: Tensor) -> Tensor:
+    """Logit of each head that takes its part of the softmax and has no value: [H].
+
+    Args:
+        scores: [H, T, width], that went into the softmax.
+        columns: of the positions.
+        totals: [H, T], logarithms of the sums over the positions alone.
+        sums: [H, T], of the weights of the positions.
+    """
+    others = [i for i in range(scores.shape[-1]) if not columns.start <= i < columns.stop]
+    if others:
+        return scores[:, -1, others].float().logsumexp(-1)
+    clearest = ((1 - sums) * sums).argmax(-1, keepdim=True)
+    share = sums.gather(-1, clearest)
+    sinks: Tensor = (totals.gather(-1, clearest) + torch.log((1 - share) / share))[:, 0]
+    is_clear = (1 - share[:, 0]) > LEAST_SINK
+    is_one = bool((sinks[is_clear].abs() < ONE_TOLERANCE).all())  # added to the sum, it is the same for all heads
+    return torch.zeros_like(sinks) if is_one else sinks
+
+
+def _distances(length: int, device: torch.device) -> Tensor:
+    positions = torch.arange(length, device=device)
+    return (positions[:, None] - positions).clamp_min(0)
+
+
+def read_visibility(allowed_HTT: Tensor) -> Visibility:
+    """Who sees whom, from who did. Raises UnsupportedModelError if that is of no kind that we know."""
     allowed = allowed_HTT[0]
     length = allowed.shape[0]
     if not bool((allowed_HTT == allowed).all()):
-        raise UnsupportedModelError(f"{name}: its heads see different positions")
+        raise UnsupportedModelError("its heads see different positions")
     if bool(allowed.triu(1).any()):
-        raise UnsupportedModelError(f"{name}: its attention is not causal")
+        raise UnsupportedModelError("its attention is not causal")
     width = int(allowed[-1].sum())
     chunk = next((i for i in range(1, length) if not bool(allowed[i, 0])), length)
     candidates = [Visibility(), Visibility(VisibilityKind.SLIDING, width), Visibility(VisibilityKind.CHUNKED, chunk)]
@@ -132,7 +263,7 @@ def _visibility(allowed_HTT: Tensor, name: str) -> Visibility:
         expected = (positions[None] >= first[:, None]) & (positions[None] <= positions[:, None])
         if bool((expected == allowed).all()):
             return candidate
-    raise UnsupportedModelError(f"{name}: its mask is neither full, sliding nor chunked")
+    raise UnsupportedModelError("its mask is neither full, sliding nor chunked")
 
 
 def _repeats(key: Tensor, value: Tensor) -> int:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.dispatch import blank_masks
-from shardwright.adapt.fit import FittedAttention, fit_attention
+from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
+from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
 from shardwright.adapt.logits import logits_of, without_cache
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ForwardInputs, output_head, rows_before_head
-from shardwright.adapt.trace import AttentionTrace, ForwardTrace, TracingMode
+from shardwright.adapt.trace import ForwardTrace, TracingMode
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
@@ -74,7 +75,7 @@ class InterceptedModel:
             )
         for number in {*range(len(long.attentions))} - {*fitted}:
             fit(number, long.attentions[number])  # which says what is missing
-        self._attentions = [fitted[number] for number in range(len(fitted))]
+        self._attentions = with_biases([fitted[number] for number in range(len(fitted))], num_positions)
         is_sdpa = all(trace.is_sdpa for trace in long.attentions)
         self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"

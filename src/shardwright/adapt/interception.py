@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
-from shardwright.adapt.counting import TableSlice, Use
+from shardwright.adapt.counting import TableSlice, Use, tensors_in
 from shardwright.adapt.fit import FittedAttention
 from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.served_model import ForwardInputs
@@ -153,8 +154,11 @@ class StandIn(Tensor):
             if len(args) == 1 and not kwargs:
                 return args[0]
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*(_on_meta(a) for a in args), **{name: _on_meta(a) for name, a in kwargs.items()})
-        return cls.like(result) if isinstance(result, Tensor) else result
+            result = func(*_pytree.tree_map(_on_meta, args), **_pytree.tree_map(_on_meta, kwargs))
+        if isinstance(result, Tensor):
+            return cls.like(result)
+        has_tensors = next(tensors_in(result), None) is not None
+        return _pytree.tree_map_only(Tensor, cls.like, result) if has_tensors else result
 
 
 def _is_device(value: Any) -> bool:

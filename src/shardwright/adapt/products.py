@@ -38,7 +38,7 @@ def as_product(
     if func in _MATMULS:
         operands = (*args, *kwargs.values())
     elif func in _ADDED:
-        operands = (*args, *kwargs.values())[1:]
+        operands = (*args[1:], *(kwargs[name] for name in ("batch1", "batch2") if name in kwargs))
     elif func is torch.einsum and isinstance(args[0], str):
         operands = (*args[1], *args[2:]) if isinstance(args[1], (tuple, list)) else args[1:]
     else:
@@ -56,6 +56,15 @@ def as_product(
         right.expand(*batch, *right.shape[-2:]).reshape(-1, *right.shape[-2:]),
         lambda result: result.reshape(*batch, *result.shape[-2:]),
     )
+
+
+def without_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Tensor:
+    """What a call that computes a product would give if that were all zero; `result` is what it gives."""
+    if func not in _ADDED:
+        return torch.zeros_like(result)
+    added = args[0] if args else kwargs["input"]
+    beta = kwargs.get("beta", 1)
+    return torch.zeros_like(result).add_(added, alpha=beta) if beta else torch.zeros_like(result)
 
 
 def _einsum_product(equation: str, left: Tensor, right: Tensor) -> Product | None:

@@ -9,7 +9,7 @@ of tokens in adapt/counting.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,32 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.counting import Count, CountFollower, Use
+from shardwright.adapt.followed import AttentionTrace, Followed, follow, followed_in, plain
 from shardwright.adapt.positions import counts_tokens
-from shardwright.adapt.products import Product
+from shardwright.adapt.products import Product, without_product
 from shardwright.errors import UnsupportedModelError
-
-_SOFTMAXES = {torch.softmax, torch.Tensor.softmax, F.softmax}
-
-
-@dataclass(slots=True, eq=False)
-class AttentionTrace:
-    """One attention computation that was seen."""
-
-    is_sdpa: bool
-    place: int
-    """Of the call that makes the scores: among products, or among calls of scaled_dot_product_attention."""
-    query: Tensor
-    """[H, T, D]."""
-    key: Tensor
-    """[H, T, D]: repeated for each query head, if the code does so, or [K, T, D]."""
-    value: Tensor | None = None
-    """As `key`."""
-    value_place: int | None = None
-    """Of the product with the values, among products."""
-    scores: Tensor | None = None
-    """[H, T, T]: what went into the softmax."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of scaled_dot_product_attention: attn_mask, is_causal, scale."""
 
 
 @dataclass(slots=True)
@@ -139,19 +117,20 @@ class TracingMode(TorchFunctionMode):
 
     def _complete(self, attention: AttentionTrace) -> None:
         self._understand(self.trace.attentions.index(attention), attention)
-        attention.query = attention.key = attention.value = attention.scores = attention.query.new_empty(0)
-        attention.options = {}
+        attention.forget()
 
     def _trace_product(self, func: Any, args: Any, kwargs: Any, product: Product) -> Any:
         place, self._counter.num_products = self._counter.num_products, self._counter.num_products + 1
         self.trace.num_products = self._counter.num_products
-        followed = _followed((*args, *kwargs.values()))
+        attention = followed_in((args, kwargs))
+        if attention is not None:  # the weights meet the values
+            if attention.scores is not None and attention.value is None and isinstance(product.left, Followed):
+                attention.value, attention.value_place = plain(product.right).detach(), place
+                attention.weights = plain(product.left).detach()
+                self._complete(attention)
+            with torch._C.DisableTorchFunctionSubclass():
+                return plain(func(*args, **kwargs))
         result = func(*args, **kwargs)
-        if followed is not None:  # the weights meet the values
-            if followed.scores is not None and followed.value is None and isinstance(product.left, Followed):
-                followed.value, followed.value_place = _plain(product.right).detach(), place
-                self._complete(followed)
-            return _plain(result)
         shape = (product.left.shape[1], product.right.shape[2])
         if shape != (self._num_tokens, self._num_tokens):
             return result
@@ -162,44 +141,4 @@ class TracingMode(TorchFunctionMode):
             key=product.right.detach().transpose(1, 2),
         )
         self.trace.attentions.append(attention)
-        return _follow(result, attention)
-
-
-class Followed(Tensor):
-    """Scores, or weights, on their way: what is computed from them is followed too."""
-
-    attention: AttentionTrace
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        attention = _followed((*args, *kwargs.values()))
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if attention is None or not isinstance(result, Tensor):
-            return result
-        if func in _SOFTMAXES and attention.scores is None:
-            length = attention.query.shape[1]
-            scores = _plain(args[0] if args else kwargs["input"])
-            if scores.shape[-1] != length or scores.numel() != attention.query.shape[0] * length * length:
-                raise UnsupportedModelError(f"its softmax is over {tuple(scores.shape)}, not over the positions alone")
-            attention.scores = scores.detach().clone().reshape(-1, length, length)
-        return _follow(result, attention)
-
-
-def _followed(values: tuple[Any, ...]) -> AttentionTrace | None:
-    found: Iterator[Followed] = (value for value in values if isinstance(value, Followed))
-    return next((value.attention for value in found), None)
-
-
-def _follow(result: Any, attention: AttentionTrace) -> Any:
-    if not isinstance(result, Tensor):
-        return result
-    followed: Followed = result.as_subclass(Followed)
-    followed.attention = attention
-    return followed
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.as_subclass(Tensor)
+        return follow(result, without_product(func, args, kwargs, result), attention)

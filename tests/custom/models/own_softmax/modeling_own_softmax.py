@@ -1,4 +1,4 @@
-"""A softmax written out, with a place to attend to nothing ("off by one"): not the softmax that we compute."""
+"""A softmax written out, with a place to attend to nothing ("off by one")."""
 
 import torch
 from torch import nn
