@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
-from rich.tree import Tree
 
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
@@ -21,11 +20,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from shardwright.adapt.served_model import ServedModel
-    from shardwright.cli.structure import Node
+    from shardwright.plans.plan import ParallelPlan
+    from shardwright.plans.structure import Node, Weight
     from shardwright.worker.blueprint import Blueprint
     from shardwright.worker.step import StepModel
 
-FLAGS = ("task", "revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len")
+FLAGS = (
+    "task", "revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len",
+    "tp_plan", "pp_plan",
+)  # fmt: skip
 
 EXAMPLES = examples(
     "shardwright inspect smollm2-135m",
@@ -49,23 +52,25 @@ def inspect(
     json: Json = False,
     engine: dict[str, Any],
 ) -> None:
-    """Show a model's modules and sizes, how its attention is captured, and what its cache needs.
+    """Show a model's modules and sizes, which entry of its plan covers what, how its attention is captured, and what
+    its cache needs.
 
     Layers that are built alike are shown once.
     """
     config = EngineConfig.from_options(model, **engine)
     announce(f"looking into {model}")
-    report, tree = look_into(config)
+    report, tree, plan = look_into(config)
     if json:
         print_json({**report, "tree": tree.as_json(depth=depth, params=params)})
     else:
-        show(report, tree, depth=depth, params=params)
+        show(report, tree, plan, depth=depth, params=params)
 
 
-def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
-    """What `inspect --json` says, and its tree. Raises a UsageError if the model cannot be built."""
-    from shardwright.cli.structure import structure_tree
+def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]:
+    """What `inspect --json` says, its tree, and its plan. Raises a UsageError if the model cannot be built."""
     from shardwright.models.task import resolve_task
+    from shardwright.plans.choose import choose_plan
+    from shardwright.plans.structure import structure_tree
     from shardwright.pooling.build import build_reader
     from shardwright.pooling.lengths import longest_text
     from shardwright.worker.blueprint import Blueprint
@@ -83,7 +88,8 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
         reader.tie_weights(recompute_mapping=False)
         module = reader
         max_model_len = longest_text(config.model.max_model_len, module, blueprint.config, blueprint.path)
-    tree = structure_tree(module)
+    plan = choose_plan(module, tp_file=config.parallel.tp_plan, pp_file=config.parallel.pp_plan)
+    tree = structure_tree(module, plan)
     text_config = blueprint.config.get_text_config()
     report: dict[str, Any] = {
         "model": config.model.model,
@@ -97,13 +103,14 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node]:
         "num_layers": getattr(text_config, "num_hidden_layers", None),
         "vocab_size": text_config.vocab_size,
         "max_model_len": max_model_len,
+        "plan": {"tp": plan.tp_source, "pp": plan.pp_source},
     }
     if task == "generate":
         report |= describe_serving(blueprint, num_parameters=tree.num_parameters)
     else:
         how = {"rung": "none", "reason": "texts are read whole, without a cache"}
         report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": []}
-    return report, tree
+    return report, tree, plan
 
 
 def describe_serving(blueprint: Blueprint, *, num_parameters: int) -> dict[str, Any]:
@@ -178,13 +185,21 @@ def state_groups(served: StepModel | ServedModel, config: PretrainedConfig) -> I
         yield cache_group("state", layers=layers, request=num_bytes)
 
 
-def show(report: dict[str, Any], tree: Node, *, depth: int | None, params: bool) -> None:
+def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int | None, params: bool) -> None:
     """Print the report for people."""
+    from shardwright.plans.quantities import count, size
+    from shardwright.plans.tree_text import ARROW, note_of, tree_lines
+
     console = stdout()
+    planned = note_of(plan)
     replaced = {entry["module"]: entry["by"] for entry in report["replaced"]}
-    root = Tree(node_label(tree, replaced))
-    grow(root, tree, replaced, depth=depth, params=params)
-    console.print(root)
+
+    def note(item: Node | Weight) -> str:
+        return "; ".join(filter(None, (planned(item), replaced_by(item, replaced))))
+
+    for line in tree_lines(tree, depth=depth, params=params, note=note):
+        what, arrow, said = line.partition(ARROW)
+        console.print(Text.assemble(what, (f"{arrow}{said}", "green")), soft_wrap=True)
     attention = report["attention"]
     console.print(
         f"{report['architecture']} ({report['model_type']}): {count(report['parameters'])} parameters, "
@@ -206,46 +221,20 @@ def show(report: dict[str, Any], tree: Node, *, depth: int | None, params: bool)
             markup=False,
             soft_wrap=True,
         )
+    console.print(
+        f"parallel plan: tensor {plan_from(plan.tp_source)}, pipeline {plan_from(plan.pp_source)}; "
+        f"`shardwright plan check {report['model']} --tp 2 --pp 2` says whether it is right",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
-def grow(branch: Tree, node: Node, replaced: dict[str, str], *, depth: int | None, params: bool) -> None:
-    """Add what is below a node to its branch."""
-    if params:
-        for name, shape, dtype in node.weights:
-            branch.add(Text(f"{name} {list(shape)} {dtype}", style="dim"))
-    if depth == 0:
-        return
-    for child in node.children:
-        below = None if depth is None else depth - 1
-        grow(branch.add(node_label(child, replaced)), child, replaced, depth=below, params=params)
+def plan_from(source: str) -> str:
+    """Where a part of the plan comes from."""
+    return {"none": "none, would be inferred", "file": "from the file given"}.get(source, f"from the {source}")
 
 
-def node_label(node: Node, replaced: dict[str, str]) -> Text:
-    """Name, class and size of a node, and what takes its place."""
-    label = Text()
-    if node.name:
-        label.append(node.name, style="bold")
-        label.append(f" ({node.count} alike): " if node.count > 1 else ": ")
-    label.append(f"{node.class_name}({node.detail})" if node.detail else node.class_name)
-    if node.num_parameters:
-        label.append(f"  {count(node.num_parameters)}{' each' if node.count > 1 else ''}", style="cyan")
-    served_by = [replaced[member] for member in node.members if member in replaced]
-    for by in sorted(set(served_by)):
-        label.append(f"  <- {by}" + (f" ({served_by.count(by)})" if len(served_by) > 1 else ""), style="green")
-    return label
-
-
-def count(number: int) -> str:
-    """A number of parameters for people."""
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return str(number)
-
-
-def size(num_bytes: int) -> str:
-    """A size for people."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if num_bytes >= 1 << power:
-            return f"{num_bytes / (1 << power):.1f} {unit}"
-    return f"{num_bytes} B"
+def replaced_by(item: Node | Weight, replaced: dict[str, str]) -> str:
+    """What takes the place of the modules that a node stands for."""
+    served_by = [replaced[member] for member in getattr(item, "members", ()) if member in replaced]
+    return ", ".join(by + (f" ({served_by.count(by)})" if len(served_by) > 1 else "") for by in sorted(set(served_by)))

@@ -1,4 +1,4 @@
-"""A module as a tree that fits a screen: layers that are built alike become one node.
+"""A module as a tree that fits a screen: layers that are built and planned alike become one node.
 
 Works on any `nn.Module`, on "meta" as well as with weights. Not covered: what a module does.
 """
@@ -12,7 +12,30 @@ from typing import Any
 
 from torch import nn
 
+from shardwright.plans.patterns import matches, specificity
+from shardwright.plans.plan import ParallelPlan
+from shardwright.plans.resolve import matching_pattern
+
 LONGEST_DETAIL = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter that a module holds itself."""
+
+    name: str
+    """Within the module."""
+    shape: tuple[int, ...]
+    dtype: str
+    pattern: str | None = None
+    """The plan's entry that covers it."""
+    word: str | None = None
+    """What that entry says."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        document: dict[str, Any] = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+        return document | ({"pattern": self.pattern, "style": self.word} if self.pattern is not None else {})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,8 +54,13 @@ class Node:
     num_parameters: int
     """Of each member, with all below it; tied ones once."""
     num_bytes: int
-    weights: list[tuple[str, tuple[int, ...], str]]
-    """Name, shape and dtype of the parameters that the module holds itself."""
+    weights: list[Weight]
+    pattern: str | None = None
+    """The plan's entry that names the module."""
+    word: str | None = None
+    """What that entry says."""
+    in_pipeline: bool = False
+    """The plan's pipeline names the module."""
     children: list[Node] = field(default_factory=list)
 
     def as_json(self, *, depth: int | None, params: bool) -> dict[str, Any]:
@@ -46,22 +74,41 @@ class Node:
         }
         if self.detail:
             document["detail"] = self.detail
+        if self.pattern is not None:
+            document |= {"pattern": self.pattern, "style": self.word}
+        if self.in_pipeline:
+            document["in_pipeline"] = True
         if params and self.weights:
-            document["weights"] = [{"name": n, "shape": list(s), "dtype": d} for n, s, d in self.weights]
+            document["weights"] = [weight.as_json() for weight in self.weights]
         if self.children and depth != 0:
             below = None if depth is None else depth - 1
             document["children"] = [child.as_json(depth=below, params=params) for child in self.children]
         return document
 
 
-def structure_tree(module: nn.Module, *, name: str = "", path: str = "") -> Node:
-    """The tree of a module, numbered siblings of equal structure folded."""
+def structure_tree(module: nn.Module, plan: ParallelPlan | None = None) -> Node:
+    """The tree of a module, numbered siblings of equal structure folded.
+
+    Args:
+        module: its root.
+        plan: what covers what; None leaves that out.
+    """
+    return _tree(module, plan or ParallelPlan(), name="", path="")
+
+
+def _tree(module: nn.Module, plan: ParallelPlan, *, name: str, path: str) -> Node:
+    prefix = f"{path}." if path else ""
     children = [
-        structure_tree(child, name=child_name, path=f"{path}.{child_name}" if path else child_name)
+        _tree(child, plan, name=child_name, path=f"{prefix}{child_name}")
         for child_name, child in module.named_children()
     ]
-    own = list(module.named_parameters(recurse=False))
+    weights = []
+    for own, parameter in module.named_parameters(recurse=False):
+        pattern = matching_pattern(plan, f"{prefix}{own}")
+        word = None if pattern is None else plan.tp[pattern]
+        weights.append(Weight(own, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), pattern, word))
     parameters = list(module.parameters())
+    named_by = max((p for p in plan.tp if matches(p, path)), key=specificity, default=None)
     return Node(
         name=name,
         members=[path],
@@ -69,7 +116,10 @@ def structure_tree(module: nn.Module, *, name: str = "", path: str = "") -> Node
         detail="" if children else shorten(module.extra_repr()),
         num_parameters=sum(p.numel() for p in parameters),
         num_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        weights=[(n, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for n, p in own],
+        weights=weights,
+        pattern=named_by,
+        word=None if named_by is None else plan.tp[named_by],
+        in_pipeline=path in plan.pp,
         children=fold(children),
     )
 
@@ -100,7 +150,7 @@ def absorb(node: Node, other: Node) -> None:
 def signature(node: Node) -> tuple[Any, ...]:
     """What two nodes have in common when they are built alike."""
     below = tuple((child.name, signature(child)) for child in node.children)
-    return (node.class_name, node.detail, tuple(node.weights), below)
+    return (node.class_name, node.detail, tuple(node.weights), node.pattern, node.in_pipeline, below)
 
 
 def joined_name(names: Sequence[str]) -> str:

@@ -1,60 +1,18 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
-import torch
 from tests.pooling.models import roberta_config, save
-from torch import nn
 from transformers import RobertaForMaskedLM
-
-from shardwright.cli.structure import joined_name, structure_tree
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Result
 
 Shardwright: TypeAlias = "Callable[..., Result]"
-
-
-def make_module() -> nn.Module:
-    """Layers 0, 1 and 3 alike; layer 2 wider; two projections of one shape; a tied head."""
-    with torch.device("meta"):
-        module = nn.Module()
-        module.embed = nn.Embedding(10, 4)
-        sizes = (4, 4, 8, 4)
-        module.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, n), "k": nn.Linear(4, n)}) for n in sizes)
-        module.head = nn.Linear(4, 10, bias=False)
-        module.head.weight = module.embed.weight
-    return module
-
-
-def test_layers_built_alike_become_one_node() -> None:
-    tree = structure_tree(make_module())
-    layers = next(child for child in tree.children if child.name == "layers")
-    assert [(node.name, node.count) for node in layers.children] == [("0-1, 3", 3), ("2", 1)]
-    assert [child.name for child in layers.children[0].children] == ["q", "k"]
-    assert layers.children[0].children[0].members == ["layers.0.q", "layers.1.q", "layers.3.q"]
-
-
-def test_tied_parameters_count_once() -> None:
-    tree = structure_tree(make_module())
-    assert tree.num_parameters == 40 + 3 * 2 * 20 + 2 * 40
-    assert tree.num_bytes == 4 * tree.num_parameters
-
-
-def test_json_stops_at_the_depth_asked_for() -> None:
-    document = structure_tree(make_module()).as_json(depth=1, params=True)
-    assert [child["name"] for child in document["children"]] == ["embed", "layers", "head"]
-    assert "children" not in document["children"][1]
-    assert document["children"][2]["weights"] == [{"name": "weight", "shape": [10, 4], "dtype": "float32"}]
-
-
-def test_numbers_in_names_are_joined_as_ranges() -> None:
-    assert joined_name(["0", "1", "2", "5"]) == "0-2, 5"
-    assert joined_name(["block_7", "block_8"]) == "block_7-8"
-    assert joined_name(["norm"]) == "norm"
 
 
 def test_inspect_says_what_serving_would_do(shardwright: Shardwright, tiny_llama: Path) -> None:
@@ -75,6 +33,19 @@ def test_inspect_draws_the_tree(shardwright: Shardwright, tiny_llama: Path) -> N
     assert "0-1 (2 alike): LlamaDecoderLayer" in text
     assert "paged attention, full" in text
     assert "attention: interface: " in text
+
+
+def test_inspect_shows_which_entry_covers_what(shardwright: Shardwright, tiny_llama: Path, tmp_path: Path) -> None:
+    text = shardwright("inspect", str(tiny_llama)).stdout
+    assert re.search(r"q_proj: Linear.*<- colwise$", text, flags=re.MULTILINE)
+    assert "parallel plan: tensor from the config, pipeline from the config" in text
+    file = tmp_path / "plan.json"
+    file.write_text('{"lm_head": "colwise_rep"}')
+    result = shardwright("inspect", str(tiny_llama), "--tp-plan", str(file))
+    assert re.search(r"q_proj: Linear.*<- in no entry of the plan$", result.stdout, flags=re.MULTILINE)
+    document = shardwright("inspect", str(tiny_llama), "--json", "--tp-plan", str(file)).json
+    assert document["plan"] == {"tp": "file", "pp": "config"}
+    assert document["tree"]["children"][1]["style"] == "colwise_rep"
 
 
 def test_inspect_says_why_a_model_gets_a_lower_rung(shardwright: Shardwright, tmp_path: Path) -> None:
