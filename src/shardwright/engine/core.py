@@ -77,9 +77,9 @@ class EngineCore:
     @classmethod
     def from_config(cls, config: EngineConfig) -> EngineCore:
         """An engine with its ranks where the configuration says. Raises what they raise at start."""
-        from shardwright.parallel.inline import InlineExecutor
+        from shardwright.parallel.launch import start_executor
 
-        return cls(config, InlineExecutor(config))
+        return cls(config, start_executor(config))
 
     @property
     def has_work(self) -> bool:

@@ -1,1 +1,1 @@
-"""Many ranks that serve one model: process groups, the processes or Ray actors that ranks run in, and their executors."""
+"""Many ranks that serve one model: process groups, the processes or Ray actors that ranks run in, their executors."""

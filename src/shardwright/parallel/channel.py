@@ -82,7 +82,7 @@ class RingWriter:
     def send(self, message: bytes, *, is_lost: Callable[[], bool]) -> bool:
         """Hand a message to every reader. Waits while the slots are full.
 
-        Returns: False if a reader was lost meanwhile, as `is_lost` says; the message then has gone to nobody, or to some.
+        Returns: False if a reader was lost meanwhile, as `is_lost` says; then some may have got the message.
         """
         view = memoryview(message)
         room = SLOT_BYTES - _SLOT.size

@@ -9,6 +9,7 @@ from torch import nn
 from shardwright.config import EngineConfig
 from shardwright.plans.choose import choose_plan
 from shardwright.plans.resolve import resolve
+from shardwright.plans.shard import shard
 from shardwright.plans.table import ShardTable
 from shardwright.plans.units import unit_groups
 from shardwright.worker.blueprint import Blueprint
@@ -37,15 +38,11 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
 
     Raises: CheckpointError, UnsupportedModelError; PlanError if the model cannot be cut so.
     """
-    dummy = config.model.load_format == "dummy"
-    if peers is None:
-        module = blueprint.load(dummy=dummy)
-        return ModelPart(
-            module=module,
-            architecture=type(module).__name__,
-            num_parameters=sum(p.numel() for p in module.parameters()),
-        )
-    raise NotImplementedError
+    module = blueprint.load(dummy=config.model.load_format == "dummy")
+    architecture, num_parameters = type(module).__name__, sum(p.numel() for p in module.parameters())
+    if peers is not None:
+        shard(module, resolve_table(module, config), stage=placement.stage, collectives=peers.stage)
+    return ModelPart(module=module, architecture=architecture, num_parameters=num_parameters)
 
 
 def resolve_table(module: nn.Module, config: EngineConfig) -> ShardTable:

@@ -53,8 +53,10 @@ ALONE = Placement()
 class Peers(Protocol):
     """The other ranks that share the model."""
 
-    stage: Collectives
-    """Those of the same pipeline stage."""
+    @property
+    def stage(self) -> Collectives:
+        """Those of the same pipeline stage."""
+        ...
 
     def agree(self, value: bool) -> bool:
         """Whether all ranks say yes. Every rank asks the same questions in the same order."""

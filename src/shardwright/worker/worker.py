@@ -20,8 +20,8 @@ from shardwright.layers.upcast_linear import has_fast_half_products, upcast_line
 from shardwright.loading.load import weight_bytes
 from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.blueprint import Blueprint
-from shardwright.worker.ladder import climb
 from shardwright.worker.fingerprint import fingerprint
+from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
 from shardwright.worker.part import load_part

@@ -1,0 +1,28 @@
+"""Which executor an engine gets."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from shardwright.config import EngineConfig
+from shardwright.parallel.executor import ParallelExecutor
+from shardwright.parallel.inline import InlineExecutor
+
+
+def start_executor(config: EngineConfig) -> InlineExecutor | ParallelExecutor:
+    """Start the ranks of an engine, where the configuration says; by default one in this process, many in others.
+
+    Raises: a UsageError for models, weights and options that do not work; RanksLostError if a rank ends at start.
+    """
+    backend = config.parallel.distributed_executor_backend
+    if backend == "auto":
+        backend = "inline" if config.parallel.num_ranks == 1 else "mp"
+    if backend == "inline":
+        return InlineExecutor(config)
+    if backend == "mp":
+        from shardwright.parallel.mp import MpRanks
+
+        return ParallelExecutor(config, partial(MpRanks, config))
+    from shardwright.parallel.ray import RayRanks
+
+    return ParallelExecutor(config, partial(RayRanks, config))
