@@ -20,9 +20,12 @@ PROMISED = {
     "--ignore-eos --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --block-size "
     "--gpu-memory-utilization --kv-cache-memory-bytes --enable-prefix-caching --no-enable-prefix-caching "
     "--enable-chunked-prefill --no-enable-chunked-prefill --trust-remote-code --tokenizer --load-format --device "
-    "--json",
+    "--json --tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --tp-plan --pp-plan "
+    "--distributed-executor-backend",
     "serve": "--host --port --api-key --root-path --ssl-keyfile --ssl-certfile --uvicorn-log-level --allowed-origins "
-    "--served-model-name --chat-template --dtype --max-model-len --seed --kv-cache-memory-bytes",
+    "--served-model-name --chat-template --dtype --max-model-len --seed --kv-cache-memory-bytes "
+    "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --tp-plan --pp-plan "
+    "--distributed-executor-backend",
     "complete": "--url --model --api-key --max-tokens --quick -q --json",
     "chat": "--url --model --api-key --max-tokens --quick -q --json",
     "models": "--url --api-key --json",
@@ -72,6 +75,16 @@ def call(*arguments: str) -> dict[str, object]:
 
     app(list(arguments), standalone_mode=False)
     return got
+
+
+def test_sizes_have_short_names_and_options_a_section_per_record(shardwright: Shardwright) -> None:
+    got = call("x", "-tp", "2", "-pp", "3", "-dp", "4")
+    assert (
+        got["engine"] | {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 4}
+        == (got["engine"])
+    )
+    sections = [line for line in shardwright("serve", "--help").stdout.splitlines() if line.endswith(" options:")]
+    assert {"Model options:", "Cache options:", "Scheduler options:", "Parallel options:"} <= set(sections)
 
 
 def test_a_group_gets_its_values_under_the_names_of_the_fields() -> None:

@@ -21,6 +21,9 @@ import typer
 from shardwright.config import EngineConfig, engine_options, parse_bytes
 from shardwright.sampling_params import SamplingParams
 
+SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+"""Flags with a second, short name."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flag:
@@ -32,9 +35,15 @@ class Flag:
     """What typer understands: a class, a Literal, a list of a class, or one of them or None."""
     default: Any
     help: str
+    section: str | None = None
+    """Of the command's help; None: that of the flags it came with."""
 
-    def parameter(self, panel: str) -> inspect.Parameter:
-        """The keyword argument that typer turns into `--name` (`--name/--no-name` for a bool)."""
+    def parameter(self, section: str) -> inspect.Parameter:
+        """The keyword argument that typer turns into `--name` (`--name/--no-name` for a bool).
+
+        Args:
+            section: of the command's help, if the flag has none of its own.
+        """
         spelled = "--" + self.name.replace("_", "-")
         more: dict[str, Any] = {}
         if self.type in (bool, bool | None):
@@ -42,7 +51,8 @@ class Flag:
             more = {"show_default": bool(self.default)}
         if self.name.endswith("_bytes"):
             more = {"parser": parse_bytes, "metavar": "SIZE"}
-        info = typer.Option(spelled, help=self.help, rich_help_panel=panel, **more)
+        names = [spelled, SHORT[self.name]] if self.name in SHORT else [spelled]
+        info = typer.Option(*names, help=self.help, rich_help_panel=f"{self.section or section} options", **more)
         kind = inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(self.name, kind, default=self.default, annotation=Annotated[self.type, info])
 
@@ -58,21 +68,24 @@ def simplify(annotation: Any) -> Any:
     return annotation
 
 
-def record_flags(record: type[Any]) -> list[Flag]:
+def record_flags(record: type[Any], *, section: str | None = None) -> list[Flag]:
     """One flag for each field of a dataclass that was made with `config.option`."""
     hints = get_type_hints(record)
     return [
-        Flag(name=f.name, type=simplify(hints[f.name]), default=f.default, help=f.metadata["help"])
+        Flag(name=f.name, type=simplify(hints[f.name]), default=f.default, help=f.metadata["help"], section=section)
         for f in dataclasses.fields(record)
         if "help" in f.metadata
     ]
 
 
 def engine_flags(*, only: Collection[str] | None = None) -> list[Flag]:
-    """The engine's options, in the order of its records; all, or those that a command has a use for."""
+    """The engine's options, in the order of its records, each of which is a section of the help; all, or those that a
+    command has a use for.
+    """
     parts = dict.fromkeys(part for part, _ in engine_options())
     records = get_type_hints(EngineConfig)
-    return [flag for part in parts for flag in record_flags(records[part]) if only is None or flag.name in only]
+    flags = [flag for part in parts for flag in record_flags(records[part], section=part.capitalize())]
+    return [flag for flag in flags if only is None or flag.name in only]
 
 
 def sampling_flags(**defaults: Any) -> list[Flag]:
@@ -116,9 +129,7 @@ def with_flags(**groups: Iterable[Flag]) -> Callable[[Callable[..., None]], Call
                 values[group] = {name: value for name, value in given.items() if value is not None and value != []}
             command(**values)
 
-        added = [
-            flag.parameter(f"{group.capitalize()} options") for group, members in flags.items() for flag in members
-        ]
+        added = [flag.parameter(group.capitalize()) for group, members in flags.items() for flag in members]
         wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]  # read by inspect
         wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
         return wrapper
