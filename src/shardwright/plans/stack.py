@@ -58,6 +58,9 @@ def find_stack(module: nn.Module) -> LayerStack | None:
         stack = stack_in(module, name)
         if stack is None or len(stack.layers) < 2:
             continue
+        kinds = {isinstance(module.get_submodule(layer), nn.ModuleList | nn.ModuleDict) for layer in stack.layers}
+        if len(kinds) > 1:  # a ModuleDict of embedding, layers and norm is no stack of layers
+            continue
         counts = [sum(p.numel() for p in module.get_submodule(layer).parameters()) for layer in stack.layers]
         if min(counts) > 0 and (best is None or sum(counts) > best[0]):
             best = sum(counts), stack

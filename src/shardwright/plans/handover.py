@@ -1,0 +1,161 @@
+"""What a pipeline stage needs of the stages before it, worked out from the model's dataflow."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from shardwright.errors import PlanError
+from shardwright.plans.dataflow import Dataflow
+from shardwright.plans.nested import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """Tensors that a stage is given when it starts."""
+
+    arguments: tuple[Path, ...] = ()
+    """Of its first layer, which come from layers, or parameters, of earlier stages."""
+    modules: tuple[str, ...] = ()
+    """Modules before the layers whose outputs more than the first layer needs: Gemma-3n's embedding per layer."""
+    idle: frozenset[str] = frozenset()
+    """Modules outside of the layers whose outputs the stage does not need."""
+
+
+def uncuttable(flow: Dataflow) -> frozenset[int]:
+    """Numbers of layers with which no stage may begin: it would need what earlier layers made, and its first layer is
+    not given that.
+    """
+    everything = frozenset(flow.parameters)
+    last = len(flow.layers)
+    return frozenset(first for first in range(1, last) if _View(flow, first, last, everything).handover() is None)
+
+
+def handover(flow: Dataflow, first: int, last: int, held: Collection[str]) -> Handover:
+    """What the stage of layers `first` to `last` (not included) is given.
+
+    Args:
+        flow: of the whole model.
+        first, last: numbers of layers.
+        held: names of the parameters that the stage holds.
+
+    Raises: PlanError if it needs something that cannot be handed over.
+    """
+    view = _View(flow, first, last, held)
+    found = view.handover()
+    if found is None:
+        raise PlanError(view.complaint())
+    return found
+
+
+class _View:
+    """The dataflow as one stage sees it.
+
+    Args:
+        flow: of the whole model.
+        first, last: layers of the stage.
+        held: names of its parameters.
+    """
+
+    def __init__(self, flow: Dataflow, first: int, last: int, held: Collection[str]) -> None:
+        self._flow = flow
+        self._first = first
+        self._last = last
+        ours = {node for name, node in flow.parameters.items() if name in held}
+        self._missing = set(flow.parameters.values()) - ours
+        self._calls = {call.node: call.name for call in flow.modules if call.node is not None}
+        self._owners = {name.rpartition(".")[0] for name, node in flow.parameters.items() if node in self._missing}
+        self._given: set[int] = set()
+
+    def handover(self) -> Handover | None:
+        """What makes the stage whole; None if nothing does."""
+        arguments = self._flow.calls[self._first].arguments
+        lost, needed = self._lost(), self._needed(len(self._flow.layers))
+        taken = {path: a for path, a in arguments.items() if any(lost[n] for n in a.before) and needed[a.node]}
+        self._given = {argument.node for argument in taken.values()}
+        modules = self._modules()
+        if self._first_lost() is not None:
+            return None
+        needed = self._needed(self._last)
+        used = {call.name for call in self._flow.modules if call.node is not None and needed[call.node]}
+        idle = frozenset(call.name for call in self._flow.modules) - used - frozenset(modules)
+        return Handover(tuple(taken), modules, idle)
+
+    def complaint(self) -> str:
+        """What cannot be handed over."""
+        flow, lost = self._flow, self._lost()
+        node = self._first_lost()
+        assert node is not None
+        layer = flow.nodes[node].layer
+        user = flow.layers[layer] if layer is not None else "the code behind the layers"
+        while (parent := next((p for p in flow.nodes[node].parents if lost[p]), None)) is not None:
+            node = parent
+        names = [name for name, number in flow.parameters.items() if number == node]
+        maker = flow.nodes[node].layer
+        if names:
+            return (
+                f"{user} uses {names[0]}, which its pipeline stage does not hold: leave {names[0].rpartition('.')[0]} "
+                "out of the pipeline plan, and every stage holds it"
+            )
+        source = flow.layers[maker] if maker is not None else "code before the layers"
+        return (
+            f"{user} uses what {source} made, past the layers between them: no stage may begin before "
+            f"{flow.layers[self._first]}"
+        )
+
+    def _modules(self) -> tuple[str, ...]:
+        """Modules whose outputs must be given too, because arguments do not hold all that is lost; they are given."""
+        lost, needed = self._lost(), self._needed(self._last)
+        wanted = {node for node, name in self._calls.items() if name in self._owners and lost[node] and needed[node]}
+        self._given |= wanted
+        needed = self._needed(self._last)  # what comes before such a module may now be needed no more
+        kept = {node for node in wanted if any(needed[c] for c in self._children(node))}
+        self._given -= wanted - kept
+        names = [self._calls[node] for node in sorted(kept)]
+        if len(set(names)) != len(names):  # called more than once
+            self._given -= kept
+            return ()
+        return tuple(names)
+
+    def _first_lost(self) -> int | None:
+        """The first thing that the stage computes from what it does not have."""
+        lost = self._lost()
+        ours = [n for n, node in enumerate(self._flow.nodes) if self._is_own(node.layer)]
+        if self._last == len(self._flow.layers):
+            ours += self._flow.logits
+        return next((n for n in ours if lost[n]), None)
+
+    def _lost(self) -> list[bool]:
+        """Per node, whether it is not what it should be on this stage."""
+        lost: list[bool] = []
+        for number, node in enumerate(self._flow.nodes):
+            lost.append(
+                number not in self._given
+                and (
+                    number in self._missing
+                    or (node.layer is not None and node.layer < self._first)
+                    or any(lost[parent] for parent in node.parents)
+                )
+            )
+        return lost
+
+    def _needed(self, last: int) -> list[bool]:
+        """Per node, whether layers from the stage's first to `last` (not included), or the logits, come from it."""
+        nodes = self._flow.nodes
+        needed = [node.layer is not None and self._first <= node.layer < last for node in nodes]
+        if last == len(self._flow.layers):
+            for number in self._flow.logits:
+                needed[number] = True
+        for number in range(len(nodes) - 1, -1, -1):
+            layer = nodes[number].layer
+            runs = layer is None or layer >= self._first
+            if needed[number] and runs and number not in self._given:
+                for parent in nodes[number].parents:
+                    needed[parent] = True
+        return needed
+
+    def _children(self, number: int) -> list[int]:
+        return [n for n, node in enumerate(self._flow.nodes) if number in node.parents and n not in self._given]
+
+    def _is_own(self, layer: int | None) -> bool:
+        return layer is not None and self._first <= layer < self._last
