@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 SDPA = {
-    "bool_mask_gpt", "cached_sdpa", "causal_llama", "float_mask_sinusoid", "grouped_queries", "last_logits",
-    "local_global", "mha_block", "parallel_block", "torch_encoder",
+    "alibi_sdpa", "bool_mask_gpt", "cached_sdpa", "causal_llama", "float_mask_sinusoid", "grouped_queries",
+    "last_logits", "local_global", "mha_block", "parallel_block", "tiled_heads", "torch_encoder",
 }  # fmt: skip
 DATAFLOW = {
-    "alibi_bare", "alibi_cached", "baddbmm_net", "bmm_gpt", "capped_scores", "complex_rope", "einsum_net", "flat_head",
-    "gathered_rope", "keys_first", "mha_weights", "moe_loop", "own_softmax", "tril_gpt", "windowed_raw",
+    "alibi_bare", "alibi_buffer", "alibi_cached", "baddbmm_net", "bmm_gpt", "broadcast_groups", "capped_scores",
+    "clipped_relative", "complex_rope", "einsum_net", "exp_sum", "flat_head", "gathered_rope", "grouped_einsum",
+    "keys_first", "mha_weights", "moe_loop", "own_softmax", "sink_column", "t5_bias", "tril_gpt", "windowed_raw",
 }  # fmt: skip
-PER_REQUEST: dict[str, str] = {}
+PER_REQUEST = {
+    "talking_heads": "its weights are not the softmax of its scores",
+}
 RECOMPUTE = {
     "data_dependent": "its code computes differently for different prompts",
     "linear_attention": "no attention was found in its forward pass",
@@ -20,7 +23,10 @@ RECOMPUTE = {
     "token_shift": "logits differ from those of its own forward pass",
 }
 
-QUICK = {"alibi_cached", "causal_llama", "gathered_rope", "linear_attention", "torch_encoder", "tril_gpt"}
+QUICK = {
+    "alibi_bare", "causal_llama", "gathered_rope", "linear_attention", "sink_column", "t5_bias", "talking_heads",
+    "torch_encoder", "tril_gpt",
+}  # fmt: skip
 """Run by default: one of each rung, and of each kind of positions."""
 
 RUNGS = (

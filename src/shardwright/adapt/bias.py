@@ -5,7 +5,7 @@ A number that is added to all scores of a query changes nothing, so a slope may 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class Bias:
     is_settled: bool = True
     """Longer distances than those of the table are known to have the bias of its last."""
 
+    def of_heads(self, heads: Tensor) -> Bias:
+        """The bias of some heads ([H] int64)."""
+        return replace(
+            self, slopes_H=self.slopes_H[heads], table_HN=None if self.table_HN is None else self.table_HN[heads]
+        )
+
     def at(self, distances: Tensor) -> Tensor:
         """The bias of these distances, if they are known: [H, *distances.shape]."""
         if self.table_HN is None:
@@ -51,25 +57,22 @@ class Bias:
         return self.table_HN
 
 
-def read_bias(added_HTT: Tensor, seen_TT: Tensor, *, is_shifted: bool = False, may_shift: bool = True) -> Bias | None:
+def read_bias(added_HTT: Tensor, seen_TT: Tensor, *, precision: float, ignores_rows: bool = True) -> Bias | None:
     """Understand what is added to scores.
 
     Args:
-        added_HTT: [H, T, T], in the type in which it is added.
+        added_HTT: [H, T, T] float32.
         seen_TT: [T, T] bool: where a query sees a key; each sees its own.
-        is_shifted: whether another number may have been taken off every row, and nothing is known of that.
-        may_shift: whether adding another number to every row would change nothing.
+        precision: to which the numbers may be rounded.
+        ignores_rows: whether adding another number to every row changes nothing.
 
     Returns: None if nothing is added.
     Raises: UnsupportedModelError if it depends on more than head and distance.
     """
-    added = added_HTT.float()
-    precision = torch.finfo(added_HTT.dtype).eps
-    bound = added.masked_fill(~seen_TT, 0).abs().amax(-1, keepdim=True)
+    bound = added_HTT.masked_fill(~seen_TT, 0).abs().amax(-1, keepdim=True)
     bound = TOLERANCE * bound.max() + 2 * ROUNDINGS * precision * bound
-    if is_shifted or may_shift:
-        added = added - torch.diagonal(added, dim1=-2, dim2=-1)[..., None]
-    added = added.masked_fill(~seen_TT, 0)
+    own = torch.diagonal(added_HTT, dim1=-2, dim2=-1)[..., None] if ignores_rows else 0
+    added = (added_HTT - own).masked_fill(~seen_TT, 0)
     if bool((added.abs() <= bound).all()):
         return None
     found = _by_distance(added, seen_TT, bound)

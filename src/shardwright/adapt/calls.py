@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.adapt.counting import Count, TableSlice, leading_slice, tables_of
-from shardwright.adapt.products import Product, as_product
+from shardwright.adapt.products import Product, RowLabels, as_product
 
 
 class CallCounter:
@@ -19,9 +19,14 @@ class CallCounter:
 
     Args:
         model: the module that runs; tables that it makes later are not known.
+        num_tokens: of a traced pass.
+        row_labels: of einsums, as a traced pass showed them (see adapt/products.py).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *, num_tokens: int | None = None, row_labels: dict[str, str] | None = None
+    ) -> None:
+        self.row_labels = RowLabels(num_tokens, {} if row_labels is None else row_labels)
         self._tables = {id(table): table for table in tables_of(model)}
         self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self.restart()
@@ -33,7 +38,7 @@ class CallCounter:
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
         """The product of activations that a call computes, if it is one."""
-        return as_product(func, args, kwargs, self._is_weight)
+        return as_product(func, args, kwargs, self._is_weight, self.row_labels)
 
     def next_count(self, table: Tensor | None) -> Count:
         """Number a slice of a table, or a call of torch.arange."""

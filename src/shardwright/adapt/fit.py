@@ -51,6 +51,8 @@ class FittedAttention:
     repeats: int
     """Query heads that share a KV head which the code repeats: every `repeats`-th of its heads is kept."""
     bias: Bias | None = None
+    order: Tensor | None = None
+    """[H] int64: the code's heads, those that share a KV head beside each other; None if they are so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,11 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
         scores = _sdpa_scores(trace) if trace.is_sdpa else _fit_scores(trace, query, key)
     except UnsupportedModelError as exc:
         raise UnsupportedModelError(f"{name}: {exc}") from exc
-    repeats = _repeats(key, value)
+    repeats, order = _shared_heads(key, value) if len(key) == len(query) else (1, None)
+    sinks, bias = scores.sinks_H, scores.bias
+    if order is not None:
+        sinks = None if sinks is None else sinks[order]
+        bias = None if bias is None else bias.of_heads(order)
     return FittedAttention(
         LayerSpec(
             name=name,
@@ -93,9 +99,10 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
             value_dim=value.shape[2],
             visibility=scores.visibility,
         ),
-        AttentionParams(scale=scores.scale, softcap=scores.softcap, sinks_H=scores.sinks_H),
+        AttentionParams(scale=scores.scale, softcap=scores.softcap, sinks_H=sinks),
         repeats,
-        scores.bias,
+        bias,
+        order,
     )
 
 
@@ -130,11 +137,22 @@ def _sdpa_scores(trace: AttentionTrace) -> _Scores:
     rows = mask.detach().expand(*mask.shape[:-2], length, length).reshape(-1, length, length)
     allowed = rows if rows.dtype == torch.bool else rows > HIDDEN
     visibility = read_visibility(allowed)
-    bias = None if rows.dtype == torch.bool else read_bias(rows.expand(num_heads, -1, -1), allowed[0])
+    bias = (
+        None
+        if rows.dtype == torch.bool
+        else read_bias(rows.expand(num_heads, -1, -1).float(), allowed[0], precision=torch.finfo(rows.dtype).eps)
+    )
     return _Scores(visibility, scale, bias=bias)
 
 
 def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor) -> _Scores:
+    try:
+        return _fit_softmax(trace, query, key, is_shifted=False)
+    except UnsupportedModelError:  # a softmax is the same whatever is taken off a row, the largest score for example
+        return _fit_softmax(trace, query, key, is_shifted=True)
+
+
+def _fit_softmax(trace: AttentionTrace, query: Tensor, key: Tensor, *, is_shifted: bool) -> _Scores:
     assert trace.scores is not None
     assert trace.blank is not None
     assert trace.weights is not None
@@ -148,10 +166,9 @@ def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor) -> _Scores:
     seen = (scores > HIDDEN)[0]
     sums = weights.sum(-1)
     has_sinks = bool((1 - sums > LEAST_SINK + ROUNDINGS * precision).any())
-    bias = read_bias(blank.to(trace.query.dtype), seen, is_shifted=trace.is_shifted, may_shift=not has_sinks)
-    rest = scores - blank
+    bias = read_bias(blank, seen, precision=precision, ignores_rows=is_shifted or not has_sinks)
     products = query @ key.transpose(1, 2)
-    scale, softcap = _scale_and_cap(rest, products, scores, seen, precision, is_shifted=trace.is_shifted)
+    scale, softcap = _scale_and_cap(scores - blank, products, scores, seen, precision, is_shifted=is_shifted)
     expected = _capped(scale * products, softcap)
     if bias is not None:
         expected += bias.at(_distances(length, blank.device))
@@ -159,7 +176,12 @@ def _fit_scores(trace: AttentionTrace, query: Tensor, key: Tensor) -> _Scores:
     totals = expected.logsumexp(-1)
     sinks = None
     if has_sinks:
-        sinks = _sinks(trace.scores, columns, totals, sums)
+        others = [i for i in range(trace.scores.shape[-1]) if not columns.start <= i < columns.stop]
+        if others:
+            taken_off = (expected - scores)[:, -1, -1]
+            sinks = trace.scores[:, -1, others].float().logsumexp(-1) + taken_off
+        else:
+            sinks = _sinks(totals, sums)
         totals = totals.logaddexp(sinks[:, None])
     misfit = (weights - (expected - totals[..., None]).exp()).abs()
     rounded = ROUNDINGS * precision * (1 + scores.abs().masked_fill(~seen, 0).amax(-1, keepdim=True))
@@ -221,18 +243,13 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _sinks(scores: Tensor, columns: slice, totals: Tensor, sums: Tensor) -> Tensor:
+def _sinks(totals: Tensor, sums: Tensor) -> Tensor:
     """Logit of each head that takes its part of the softmax and has no value: [H].
 
     Args:
-        scores: [H, T, width], that went into the softmax.
-        columns: of the positions.
         totals: [H, T], logarithms of the sums over the positions alone.
         sums: [H, T], of the weights of the positions.
     """
-    others = [i for i in range(scores.shape[-1]) if not columns.start <= i < columns.stop]
-    if others:
-        return scores[:, -1, others].float().logsumexp(-1)
     clearest = ((1 - sums) * sums).argmax(-1, keepdim=True)
     share = sums.gather(-1, clearest)
     sinks: Tensor = (totals.gather(-1, clearest) + torch.log((1 - share) / share))[:, 0]
@@ -266,13 +283,18 @@ def read_visibility(allowed_HTT: Tensor) -> Visibility:
     raise UnsupportedModelError("its mask is neither full, sliding nor chunked")
 
 
-def _repeats(key: Tensor, value: Tensor) -> int:
-    """How many neighbouring heads are copies of each other, in keys and values both."""
-    num_heads = key.shape[0]
-    for repeats in range(num_heads, 1, -1):
-        if num_heads % repeats:
-            continue
-        groups = [t.reshape(num_heads // repeats, repeats, -1) for t in (key, value)]
-        if all(bool((group == group[:, :1]).all()) for group in groups):
-            return repeats
-    return 1
+def _shared_heads(key: Tensor, value: Tensor) -> tuple[int, Tensor | None]:
+    """How many heads each are copies of one another, in keys and values both, and, if these are no neighbours, an order
+    in which they are.
+    """
+    groups: list[list[int]] = []
+    for head in range(len(key)):
+        same = (g for g in groups if torch.equal(key[g[0]], key[head]) and torch.equal(value[g[0]], value[head]))
+        if (group := next(same, None)) is not None:
+            group.append(head)
+        else:
+            groups.append([head])
+    if len({len(group) for group in groups}) > 1:
+        return 1, None
+    order = [head for group in groups for head in group]
+    return len(groups[0]), None if order == sorted(order) else torch.tensor(order, device=key.device)

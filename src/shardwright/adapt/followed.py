@@ -46,8 +46,6 @@ class AttentionTrace:
     """[H, T, T]: what went into the softmax; there may be more columns, before or after those of the positions."""
     blank: Tensor | None = None
     """As `scores`, had all products been zero."""
-    is_shifted: bool = False
-    """The softmax is written by hand: a number for each row may have been taken off its scores."""
     weights: Tensor | None = None
     """[H, T, T]: what met the values."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +115,6 @@ def _note_scores(func: Any, args: Any, kwargs: Any, attention: AttentionTrace) -
             return  # of the largest of each row, for example
         raise UnsupportedModelError(f"its softmax is over {tuple(scores.shape)}, not over the positions alone")
     factor = _POWERS.get(func, 1.0)
-    attention.is_shifted = func in _POWERS
     attention.scores, attention.blank = (
         tensor.detach().as_subclass(Tensor).reshape(num_heads, length, width) * factor
         for tensor in (scores, _blank(scores))

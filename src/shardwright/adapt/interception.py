@@ -20,6 +20,7 @@ from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.counting import TableSlice, Use, tensors_in
 from shardwright.adapt.fit import FittedAttention
 from shardwright.adapt.positions import counts_tokens
+from shardwright.adapt.products import heads_of
 from shardwright.adapt.served_model import ForwardInputs
 from shardwright.adapt.trace import ForwardTrace
 from shardwright.attention.kv_cache import KVCache
@@ -44,7 +45,7 @@ class ServingMode(TorchFunctionMode):
         self._trace = trace
         self._attentions = attentions
         self._num_positions = num_positions
-        self._counter = CallCounter(module)
+        self._counter = CallCounter(module, row_labels=trace.row_labels)
         self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
         self._scores = {a.place: i for i, a in enumerate(trace.attentions) if not a.is_sdpa}
         self._values = {a.value_place: i for i, a in enumerate(trace.attentions) if a.value_place is not None}
@@ -121,12 +122,14 @@ class ServingMode(TorchFunctionMode):
         index, self._counter.num_sdpa = self._sdpa.get(self._counter.num_sdpa), self._counter.num_sdpa + 1
         if index is None:
             raise UnsupportedModelError("its code attends more often than when it was traced")
-        output = self._attend(index, *(tensor.flatten(0, -3) for tensor in (query, key, value)))
+        output = self._attend(index, *heads_of(query, key, value))
         return output.view(*query.shape[:-1], -1)
 
     def _attend(self, index: int, query_HTD: Tensor, key_HTD: Tensor, value_HTV: Tensor) -> Tensor:
         """Paged attention of one call; returns [H, T, V]."""
         attention, group = self._attentions[index], self._cache.group_of_layer[index]
+        if attention.order is not None:
+            query_HTD, key_HTD, value_HTV = (heads[attention.order] for heads in (query_HTD, key_HTD, value_HTV))
         key_TKD = key_HTD[:: attention.repeats].transpose(0, 1)
         value_TKV = value_HTV[:: attention.repeats].transpose(0, 1)
         layer = self._cache.layers[index]
@@ -134,7 +137,8 @@ class ServingMode(TorchFunctionMode):
         output = self._backend.forward(
             query_HTD.transpose(0, 1), key_TKD, value_TKV, layer, self._inputs.plans[group], attention.params
         )
-        return output.transpose(0, 1)
+        output_HTV = output.transpose(0, 1)
+        return output_HTV if attention.order is None else output_HTV[attention.order.argsort()]
 
 
 class StandIn(Tensor):

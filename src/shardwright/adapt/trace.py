@@ -22,7 +22,7 @@ from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.counting import Count, CountFollower, Use
 from shardwright.adapt.followed import AttentionTrace, Followed, follow, followed_in, plain
 from shardwright.adapt.positions import counts_tokens
-from shardwright.adapt.products import Product, without_product
+from shardwright.adapt.products import Product, heads_of, without_product
 from shardwright.errors import UnsupportedModelError
 
 
@@ -34,6 +34,8 @@ class ForwardTrace:
     num_products: int = 0
     counts: dict[Count, Use] = field(default_factory=dict)
     """Calls that count the tokens."""
+    row_labels: dict[str, str] = field(default_factory=dict)
+    """Of einsums: see adapt/products.py."""
     num_rows: int | None = None
     """Fewest rows of the tables that counts are slices of."""
     last_place: int | None = None
@@ -58,8 +60,8 @@ class TracingMode(TorchFunctionMode):
         super().__init__()
         self._understand = understand
         self._follower = CountFollower(num_tokens)
-        self.trace = ForwardTrace(counts=self._follower.uses)
-        self._counter = CallCounter(model)
+        self._counter = CallCounter(model, num_tokens=num_tokens)
+        self.trace = ForwardTrace(counts=self._follower.uses, row_labels=self._counter.row_labels.known)
         self._num_tokens = num_tokens
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,14 +103,18 @@ class TracingMode(TorchFunctionMode):
 
     def _note_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
         options = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-        if query.ndim < 3 or query.shape[:-3].numel() != 1 or query.shape[-2] != self._num_tokens:
+        try:
+            heads = [tensor.detach() for tensor in heads_of(query, key, value)]
+        except ValueError:
+            heads = []
+        if not heads or query.shape[-2] != self._num_tokens:
             raise UnsupportedModelError(f"it attends from {tuple(query.shape)} to {tuple(key.shape)}")
         attention = AttentionTrace(
             is_sdpa=True,
             place=self._counter.num_sdpa,
-            query=query.detach().flatten(0, -3),
-            key=key.detach().flatten(0, -3),
-            value=value.detach().flatten(0, -3),
+            query=heads[0],
+            key=heads[1],
+            value=heads[2],
             options=options,
         )
         self._counter.num_sdpa += 1

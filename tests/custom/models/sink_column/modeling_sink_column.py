@@ -1,0 +1,54 @@
+"""A learned logit per head beside the scores takes its part of the softmax, and is dropped."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class SinkColumnConfig(PretrainedConfig):
+    model_type = "sink-column"
+
+    def __init__(self, vocab_size=128, width=64, depth=2, heads=4, n_positions=256, **kwargs):
+        self.vocab_size, self.width, self.depth = vocab_size, width, depth
+        self.heads, self.n_positions = heads, n_positions
+        super().__init__(**kwargs)
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(config.width)
+        self.qkv, self.out = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
+        self.sinks = nn.Parameter(torch.randn(config.heads))
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * 0.25
+        scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(b, -1, t, 1)
+        combined = torch.cat([scores, sinks], dim=-1)
+        combined = combined - combined.max(dim=-1, keepdim=True).values
+        y = F.softmax(combined, dim=-1, dtype=torch.float32)[..., :-1].to(v.dtype) @ v
+        return (x + self.out(y.transpose(1, 2).reshape(b, t, c))).tanh()
+
+
+class SinkColumnLM(PreTrainedModel):
+    config_class = SinkColumnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.n_positions, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
