@@ -51,9 +51,13 @@ class ServedModel:
         dispatch.register()
         self.module = module
         self.rung = AttentionRung.INTERFACE
-        _check_signature(module)
+        self._takes_positions = accepts(module, "position_ids", or_any=True)
         probe = probe_attention(module, num_positions=num_positions, needs_attention=needs_attention)
         self.calls: list[AttentionCall] = probe.calls
+        if self.calls and not self._takes_positions:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
+            )
         self._counts_positions = probe.counts_positions
         self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
         self.layers: list[LayerSpec] = [call.spec for call in self.calls]
@@ -96,9 +100,9 @@ class ServedModel:
         handler = PagedAttention(self.calls, cache, backend, inputs)
         positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
         with dispatch.handling(handler), positions:
-            output = self.module(
-                input_ids=inputs.input_ids.view(shape), position_ids=inputs.position_ids.view(shape), **options
-            )
+            if self._takes_positions:
+                options = {"position_ids": inputs.position_ids.view(shape)} | options
+            output = self.module(input_ids=inputs.input_ids.view(shape), **options)
         return logits_of(output)
 
 
@@ -154,10 +158,3 @@ def output_head(module: nn.Module) -> nn.Module | None:
     get_head: Callable[[], Any] | None = getattr(module, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     return head if isinstance(head, nn.Module) else None
-
-
-def _check_signature(module: nn.Module) -> None:
-    if not accepts(module, "position_ids", or_any=True):
-        raise UnsupportedModelError(
-            f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
-        )

@@ -59,9 +59,16 @@ def climb(
         served = InterceptedModel(module, num_positions=num_positions, vocab_size=vocab_size)
         return PackedModel(served, backend, dtype=dtype, device=device, max_step_tokens=num_positions)
 
-    def with_state(reason: str, *, takes_chunks: bool = True) -> StepModel:
+    def with_state(reason: str, *, takes_chunks: bool = True, decodes_together: bool = True) -> StepModel:
         return StateSlotModel(
-            module, backend, num_positions=num_positions, dtype=dtype, device=device, takes_chunks=takes_chunks
+            module,
+            backend,
+            num_positions=num_positions,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            device=device,
+            takes_chunks=takes_chunks,
+            decodes_together=decodes_together,
         )
 
     def per_request(reason: str) -> StepModel:
@@ -78,6 +85,7 @@ def climb(
         (AttentionRung.DATAFLOW, intercepted),
         (AttentionRung.STATE, with_state),
         (AttentionRung.STATE, partial(with_state, takes_chunks=False)),
+        (AttentionRung.STATE, partial(with_state, decodes_together=False)),
     ]
     if far_position_turns_others(module, num_positions=num_positions):
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
