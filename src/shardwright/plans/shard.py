@@ -1,173 +1,98 @@
-"""Change a model in place into what one rank runs.
-
-Parameters become this rank's parts, modules that the plan names split, gather or add up, and what belongs to other
-pipeline stages is dropped. The model's code runs on as it is.
-"""
+"""From a resolved plan to one rank's part of a model: fitted to its code, then cut."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from shardwright.errors import PlanError
 from shardwright.layers.collectives import Collectives
-from shardwright.layers.parallel import become
-from shardwright.layers.parallel_embedding import VocabRows
-from shardwright.layers.parallel_experts import DealtExperts, DealtRouter
-from shardwright.layers.parallel_module import DividedInput, GatheredOutput, Parallel, SplitInput, SummedOutput
-from shardwright.layers.parallel_pieces import Pieces
-from shardwright.plans.groups import UnitKind
-from shardwright.plans.resolve import has_inputs_first
-from shardwright.plans.slices import ShardSlice
-from shardwright.plans.styles import DISPATCH, IDENTITY_EXPERT, ROUTER, Cut, Input, Output, Style
-from shardwright.plans.table import ParameterRow, ShardTable
+from shardwright.plans.cut import cut
+from shardwright.plans.fit import Fit, Misfit, fit
+from shardwright.plans.styles import REPLICATE
+from shardwright.plans.table import ShardTable
 
-SKIPS_OTHERS = "_is_expert_parallel"
-"""Attribute of Transformers' experts: their code leaves out choices whose index is the number of its experts."""
+logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def shard(module: nn.Module, table: ShardTable, *, stage: int, collectives: Collectives) -> None:
-    """Make a whole model one rank's part of it.
+def shard(
+    module: nn.Module, table: ShardTable, *, stage: int, collectives: Collectives, fitted: Fit | None = None
+) -> None:
+    """Change a model in place into what one rank runs.
 
-    Parameters on "meta" stay there, in the shape of the part; others are sliced. Those of other stages become empty.
+    Parameters on "meta" stay there, in the shape of this rank's part; others are sliced. Those of other stages become
+    empty. Every rank has the logits; `layers.parallel.gather_logits_once` lets only the first have them.
 
     Args:
-        module: the whole model, changed in place.
+        module: the whole model.
         table: its plan, resolved.
         stage: pipeline stage of this rank.
-        collectives: of the tensor-parallel ranks of its stage; with as many ranks as the table has.
+        collectives: of the tensor-parallel ranks of its stage; as many as the table is for.
+        fitted: from `plans.fit.fit` or `fitted_table`, if the caller has it; misfits in it are cut all the same.
 
-    Raises: PlanError if a module cannot be cut as the table says.
+    Raises: PlanError if the model's code cannot run on a part of its parameters; `fitted_table` gives a table with
+        which it can.
     """
-    if collectives.size != table.tp:
-        raise PlanError(f"the plan is resolved for {table.tp} tensor-parallel ranks, and there are {collectives.size}")
-    part = ShardSlice(table, stage, collectives.rank)
-    for row in table.parameters:
-        _cut_parameter(module, row, part)
-    if table.tp == 1:
-        return
-    rows = _rows_by_module(table, stage)
-    for name, style in table.modules.items():
-        _act(module, name, style, rows, collectives)
-    for name, held in rows.items():
-        if any(row.dim is not None for row in held.values()):
-            _declare_sizes(module.get_submodule(name), held, collectives)
-    head = _head(module, table)
-    if isinstance(head, GatheredOutput):
-        head.makes_logits = True
+    if fitted is None:
+        fitted = fit(module, table)
+        if fitted.misfits:
+            raise PlanError(described(fitted.misfits[0], table.tp))
+    cut(module, table, stage=stage, collectives=collectives, sizes=fitted.sizes)
+    for parameter in module.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:  # a view, which would keep the whole
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _cut_parameter(module: nn.Module, row: ParameterRow, part: ShardSlice) -> None:
-    old = module.get_parameter(row.name)
-    if part.stage not in row.stages:
-        value = torch.empty(0, dtype=old.dtype)
-    elif row.dim is None and not row.once:
-        return
-    else:
-        value = part.empty_like(row, old) if old.is_meta else part.take(row.name, old.detach())
-    new = nn.Parameter(value, requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    for name in (row.name, *row.aliases):
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, new)
+@dataclass(frozen=True, slots=True)
+class FittedTable:
+    """A table that a model's code can be cut by."""
+
+    table: ShardTable
+    fitted: Fit
+    """For `shard`."""
+    replicated: tuple[Misfit, ...]
+    """What the plan cuts and every rank holds all of, since the code does not let it be cut."""
 
 
-def _act(
-    module: nn.Module, name: str, style: Style, rows: dict[str, dict[str, ParameterRow]], collectives: Collectives
-) -> None:
-    """Put a style's behaviour in front of a module."""
-    held = module.get_submodule(name)
-    cut = next((row for row in rows.get(name, {}).values() if row.dim is not None and len(row.shape) > 1), None)
-    parts: list[type[Parallel]] = []
-    values: dict[str, object] = {}
-    if style.cut is Cut.VOCABULARY and cut is not None:
-        parts, values = [VocabRows], {"row_pieces": Pieces(cut.ranges)}
-    elif style == IDENTITY_EXPERT:
-        parts = [DividedInput]
-    elif style in (DISPATCH, ROUTER):
-        if (experts := _experts_near(name, rows)) is not None:
-            values["expert_pieces"] = Pieces(experts.ranges)
-            parts = [DealtRouter]
-            if style == DISPATCH:
-                parts = [SummedOutput, DealtExperts]
-                values["skips_others"] = hasattr(held, SKIPS_OTHERS)
-    else:
-        if style.output is Output.SUMMED and style.cut is not Cut.VOCABULARY:
-            parts.append(SummedOutput)
-        elif style.output is Output.GATHERED and cut is not None:
-            parts.append(GatheredOutput)
-            values["output_pieces"] = Pieces(cut.ranges)
-        if style.input is Input.SPLIT and cut is not None:
-            parts.append(SplitInput)
-            values["input_pieces"] = Pieces(cut.ranges)
-    if parts:
-        become(held, *parts, collectives=collectives, **values)
+def fitted_table(module: nn.Module, table: ShardTable) -> FittedTable:
+    """Replicate what a model's code does not let be cut, and warn of it.
 
+    Args:
+        module: the whole model, on "meta" or not; left as it is.
+        table: its plan, resolved.
 
-def _declare_sizes(held: nn.Module, rows: dict[str, ParameterRow], collectives: Collectives) -> None:
-    """Make what a module says of the sizes of its parameters true of this rank's parts."""
-    shape = {leaf: row.local_shape(collectives.rank) for leaf, row in rows.items()}
-    weight = shape.get("weight", ())
-    if isinstance(held, nn.Linear):
-        held.out_features, held.in_features = weight
-        if type(held) is nn.Linear and rows["weight"].dim == 0:
-            become(held, Parallel, collectives=collectives)
-    elif isinstance(held, nn.Embedding):
-        held.num_embeddings, held.embedding_dim = weight
-        if isinstance(held, VocabRows) and held.padding_idx is not None:  # of no meaning without gradients
-            held.padding_idx = None
-    elif isinstance(held, nn.Conv1d) and held.groups == held.out_channels == rows["weight"].shape[0]:
-        held.in_channels = held.out_channels = held.groups = weight[0]
-    elif has_inputs_first(held):
-        setattr(held, "nf", weight[1])  # noqa: B010 - it is no nn.Linear, and only known by its attributes
-    for row in rows.values():
-        if row.style.cut is Cut.EXPERTS:
-            _declare_experts(held, row, collectives.rank)
-
-
-def _declare_experts(held: nn.Module, row: ParameterRow, rank: int) -> None:
-    """Let a module of experts count its own."""
-    for attribute, value in vars(held).items():
-        if type(value) is int and value == row.shape[0] and "expert" in attribute:
-            setattr(held, attribute, row.local_shape(rank)[0])
-    if hasattr(held, SKIPS_OTHERS):
-        setattr(held, SKIPS_OTHERS, True)
-
-
-def _rows_by_module(table: ShardTable, stage: int) -> dict[str, dict[str, ParameterRow]]:
-    """Rows of a stage by the names of modules and of parameters in them."""
-    found: dict[str, dict[str, ParameterRow]] = {}
-    for row in table.parameters:
-        if stage in row.stages:
-            for name in (row.name, *row.aliases):
-                owner, _, leaf = name.rpartition(".")
-                found.setdefault(owner, {})[leaf] = row
-    return found
-
-
-def _experts_near(name: str, rows: dict[str, dict[str, ParameterRow]]) -> ParameterRow | None:
-    """A parameter of dealt experts in a module, or else beside it: a router stands beside its experts."""
-    for scope in (name, name.rpartition(".")[0]):
-        for owner, held in rows.items():
-            if owner == scope or owner.startswith(f"{scope}."):
-                found = next((r for r in held.values() if r.style.cut is Cut.EXPERTS and r.dim is not None), None)
-                if found is not None:
-                    return found
-    return None
-
-
-def _head(module: nn.Module, table: ShardTable) -> nn.Module | None:
-    """The module that makes logits: the one that the model names, else the last whose gathered output is as long as a
-    cut vocabulary.
+    Returns: the same on every rank.
     """
-    get_head = getattr(module, "get_output_embeddings", None)
-    if get_head is not None:
-        head = get_head()
-        return head if isinstance(head, nn.Module) else None
-    members = {member.name for group in table.groups if group.kind is UnitKind.VOCABULARY for member in group.members}
-    gathered = [name for name, style in table.modules.items() if style.output is Output.GATHERED]
-    heads = [
-        name for name in gathered if (row := table.by_name.get(f"{name}.weight")) is not None and row.name in members
-    ]
-    return module.get_submodule(heads[-1]) if heads else None
+    found = fit(module, table)
+    for misfit in found.misfits:
+        logger.warning("%s; every rank holds all of it", described(misfit, table.tp))
+    kept = without(table, [name for misfit in found.misfits for name in misfit.modules])
+    return FittedTable(kept, Fit(found.sizes), found.misfits)
+
+
+def without(table: ShardTable, modules: Collection[str]) -> ShardTable:
+    """A table in which every rank holds all of some modules, by qualified name."""
+
+    def is_in(name: str) -> bool:
+        levels = name.split(".")
+        return any(".".join(levels[:depth]) in modules for depth in range(1, len(levels) + 1))
+
+    rows = tuple(
+        replace(row, style=REPLICATE, dim=None, ranges=(), unit=1, once=False)
+        if any(is_in(name) for name in (row.name, *row.aliases))
+        else row
+        for row in table.parameters
+    )
+    return replace(
+        table, parameters=rows, modules={name: style for name, style in table.modules.items() if not is_in(name)}
+    )
+
+
+def described(misfit: Misfit, ranks: int) -> str:
+    """A misfit as a sentence without its end."""
+    more = f" (and {len(misfit.modules) - 1} like it)" if len(misfit.modules) > 1 else ""
+    return f"{misfit.modules[0]}{more} cannot be cut for {ranks} ranks: {misfit.reason}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardwright.layers.parallel_pieces import joined
+from shardwright.layers.parallel_pieces import Pieces, joined
 from shardwright.plans.table import ParameterRow, ShardTable
 
 
@@ -41,14 +41,11 @@ class ShardSlice:
         return None if row is None or row.dim is None else (row.dim, joined(row.ranges[self.rank]))
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, in memory of its own if it is a part."""
+        """This rank's part of a whole tensor: a view where it can be one."""
         if self.is_zero(name):
             return torch.zeros_like(whole)
-        cut = self.cut(name)
-        if cut is None:
-            return whole
-        dim, ranges = cut
-        return torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+        row = self.table.by_name.get(name)
+        return whole if row is None or row.dim is None else Pieces(row.ranges).take(whole, self.rank, row.dim)
 
     def empty_like(self, row: ParameterRow, whole: Tensor) -> Tensor:
         """A tensor on "meta" of the shape that this rank holds."""
