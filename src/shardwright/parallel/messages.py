@@ -6,16 +6,17 @@ import msgspec
 
 from shardwright.config import EngineConfig
 from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.placement import Placement
 from shardwright.worker.report import Allocation, WorkerReport
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup", array_like=True):
     """The first message: who the ranks are. Rank 0 replies with Opened."""
 
-    tp: int
-    pp: int
+    placements: list[Placement]
+    """By rank."""
     host: str
-    """Address at which the ranks meet."""
+    """Address at which the ranks meet: one of rank 0's machine."""
     log_level: int
     main: dict[str, str] = {}
     """How the program is found whose functions the registration names (`multiprocessing.spawn`)."""

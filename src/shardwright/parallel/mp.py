@@ -38,6 +38,7 @@ from shardwright.parallel.messages import (
 )
 from shardwright.parallel.setup import make_setup
 from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.placement import Placement
 from shardwright.worker.report import Allocation, WorkerReport
 
 HOST = "127.0.0.1"
@@ -94,7 +95,7 @@ class MpRanks:
                 theirs.close()
         self._printer = print_lines([process.stdout for process in self._processes if process.stdout is not None])
         try:
-            self._send(make_setup(config, host=HOST))
+            self._send(make_setup(config, placements_of(config), host=HOST))
             self._port = self._wait(Opened, count=1)[0].port
         except BaseException:
             self.close()
@@ -209,6 +210,13 @@ class MpRanks:
                 return
 
 
+def placements_of(config: EngineConfig) -> list[Placement]:
+    """Where the ranks of an engine stand, all of them on this machine."""
+    parallel = config.parallel
+    num_ranks, tp, pp = parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    return [Placement(rank=rank, tp=tp, pp=pp, gpu=rank, num_local=num_ranks) for rank in range(num_ranks)]
+
+
 def start_process(rank: int, num_ranks: int, descriptors: tuple[int, int, int]) -> subprocess.Popen[bytes]:
     """Start the interpreter of a rank, which finds the same modules as this one.
 
@@ -219,8 +227,7 @@ def start_process(rank: int, num_ranks: int, descriptors: tuple[int, int, int]) 
     """
     arguments = [str(number) for number in (rank, num_ranks, *descriptors)]
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_ranks)), **os.environ}
-    environment |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}  # bars would run into each other
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}  # bars would mix
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "shardwright.parallel.rank", *arguments],
         stdin=subprocess.DEVNULL,

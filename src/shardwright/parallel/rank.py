@@ -35,9 +35,8 @@ from shardwright.parallel.messages import (
     Stepped,
     Stop,
 )
-from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.placement import Placement
-from shardwright.worker.report import Allocation, WorkerReport
+from shardwright.worker.report import WorkerReport
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # it is there, but not declared
@@ -49,29 +48,48 @@ logger = logging.getLogger(__name__)
 
 
 class Rank:
-    """A worker and its place among others. Methods are called in the order in which they stand here.
+    """A worker and its place among others: carries out what an executor says.
 
     Args:
-        placement: of the rank.
-        host: address at which the ranks meet: one of rank 0's machine.
+        index: number of the rank.
     """
 
-    def __init__(self, placement: Placement, host: str) -> None:
-        self._placement = placement
-        self._host = host
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._placement = Placement()
+        self._host = ""
         self._store: Store | None = None
         self._groups: ProcessGroups | None = None
         self._worker: Worker | None = None
 
-    def open(self) -> int:
-        """Let others meet this rank; rank 0 does. Returns: the port at its address."""
+    def carry_out(self, command: Command) -> Reply | None:
+        """Do what is said. Returns: what is to be replied. Raises whatever goes wrong; the rank cannot go on then."""
+        if isinstance(command, Setup):
+            return self._set_up(command)
+        if isinstance(command, Load):
+            return Loaded(self._load(command.config, command.port))
+        assert self._worker is not None, "a model is loaded first"
+        if isinstance(command, Step):
+            result = self._worker.execute(command.batch)
+            return None if result is None else Stepped(result)
+        assert isinstance(command, Allocate)
+        self._worker.allocate(command.allocation)
+        return Allocated()
+
+    def _set_up(self, setup: Setup) -> Reply | None:
+        self._placement, self._host = setup.placements[self._index], setup.host
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._placement.num_local)))  # before torch comes
+        set_up_logging(setup, self._placement)
+        adopt_registration(setup)
+        if self._index > 0:
+            return None
         from shardwright.parallel.groups import open_store
 
         self._store = open_store(self._host)
-        return int(self._store.port)
+        return Opened(int(self._store.port))
 
-    def load(self, config: EngineConfig, port: int) -> WorkerReport:
-        """Load and measure; a model loaded before is dropped. Raises a UsageError for what does not work."""
+    def _load(self, config: EngineConfig, port: int) -> WorkerReport:
         from shardwright.parallel.groups import ProcessGroups
         from shardwright.worker.worker import Worker, resolve_device
 
@@ -83,19 +101,9 @@ class Rank:
                 store=self._store,
                 device=resolve_device(config.model.device, self._placement),
             )
-        self._worker = None
+        self._worker = None  # the one before goes first
         self._worker = Worker(config, self._placement, self._groups)
         return self._worker.report
-
-    def allocate(self, allocation: Allocation) -> None:
-        """Make room for the cache."""
-        assert self._worker is not None
-        self._worker.allocate(allocation)
-
-    def execute(self, batch: Batch) -> StepResult | None:
-        """Run one step; None from ranks that do not sample."""
-        assert self._worker is not None
-        return self._worker.execute(batch)
 
 
 def set_up_logging(setup: Setup, placement: Placement) -> None:
@@ -124,54 +132,32 @@ def failure(exc: BaseException) -> Failed:
     return Failed(type(exc).__name__, f"{text} ({os.path.basename(where.filename)}:{where.lineno})")
 
 
-class _Process:
-    """A rank that is told what to do through a ring and replies through a socket."""
+def serve(index: int, num_ranks: int, ring: int, channel: int) -> int:
+    """Carry out what comes through a ring and reply through a socket, until there is no more.
 
-    def __init__(self, index: int, num_ranks: int, ring: int, channel: int) -> None:
-        self._index = index
-        self._socket = socket.socket(fileno=channel)
-        self._reader = RingReader(ring, num_ranks, index, self._socket)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-        self._rank: Rank | None = None
+    Args:
+        index: number of the rank.
+        num_ranks: of all.
+        ring, channel: descriptors of both.
 
-    def run(self) -> int:
-        """Carry out commands until there are no more. Returns: the exit code."""
-        try:
-            while not isinstance(command := self._decoder.decode(self._reader.receive()), Stop):
-                if (reply := self._carry_out(command)) is not None:
-                    self._send(reply)
-        except EOFError:  # the executor is gone
-            return 1
-        except BaseException as exc:
-            logger.debug("rank %d failed", self._index, exc_info=True)
-            self._send(failure(exc))
-            return 1
-        return 0
-
-    def _carry_out(self, command: Command) -> Reply | None:
-        if isinstance(command, Setup):
-            return self._set_up(command)
-        assert self._rank is not None
-        if isinstance(command, Step):
-            result = self._rank.execute(command.batch)
-            return None if result is None else Stepped(result)
-        if isinstance(command, Load):
-            return Loaded(self._rank.load(command.config, command.port))
-        assert isinstance(command, Allocate)
-        self._rank.allocate(command.allocation)
-        return Allocated()
-
-    def _set_up(self, setup: Setup) -> Reply | None:
-        num_ranks = setup.tp * setup.pp
-        placement = Placement(rank=self._index, tp=setup.tp, pp=setup.pp, local_rank=self._index, num_local=num_ranks)
-        set_up_logging(setup, placement)
-        adopt_registration(setup)
-        self._rank = Rank(placement, setup.host)
-        return Opened(self._rank.open()) if self._index == 0 else None
-
-    def _send(self, reply: Reply) -> None:
-        send_reply(self._socket, self._encoder.encode(reply))
+    Returns: the exit code.
+    """
+    replies = socket.socket(fileno=channel)
+    reader = RingReader(ring, num_ranks, index, replies)
+    rank = Rank(index)
+    decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+    encode = msgspec.msgpack.Encoder().encode
+    try:
+        while not isinstance(command := decoder.decode(reader.receive()), Stop):
+            if (reply := rank.carry_out(command)) is not None:
+                send_reply(replies, encode(reply))
+    except EOFError:  # the executor is gone
+        return 1
+    except BaseException as exc:
+        logger.debug("rank %d failed", index, exc_info=True)
+        send_reply(replies, encode(failure(exc)))
+        return 1
+    return 0
 
 
 def _end_with(descriptor: int) -> None:
@@ -190,7 +176,7 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     index, num_ranks, ring, channel, life = map(int, arguments)
     threading.Thread(target=_end_with, args=(life,), daemon=True).start()
-    code = _Process(index, num_ranks, ring, channel).run()
+    code = serve(index, num_ranks, ring, channel)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not through the destructors of process groups, which wait for others

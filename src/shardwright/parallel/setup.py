@@ -9,13 +9,15 @@ from multiprocessing import spawn
 from shardwright.config import EngineConfig
 from shardwright.models.registry import portable
 from shardwright.parallel.messages import Setup
+from shardwright.worker.placement import Placement
 
 
-def make_setup(config: EngineConfig, *, host: str) -> Setup:
+def make_setup(config: EngineConfig, placements: list[Placement], *, host: str) -> Setup:
     """The first message to ranks.
 
     Args:
         config: of the engine.
+        placements: by rank.
         host: address at which they meet.
 
     Raises: ConfigError if the model is registered with a function that other processes cannot find.
@@ -26,8 +28,7 @@ def make_setup(config: EngineConfig, *, host: str) -> Setup:
         told = spawn.get_preparation_data("rank")
         main = {key: value for key, value in told.items() if key in ("init_main_from_name", "init_main_from_path")}
     return Setup(
-        tp=config.parallel.tensor_parallel_size,
-        pp=config.parallel.pipeline_parallel_size,
+        placements=placements,
         host=host,
         log_level=logging.getLogger("shardwright").getEffectiveLevel(),
         main=main,

@@ -9,7 +9,7 @@ from torch import nn
 from shardwright.config import EngineConfig
 from shardwright.plans.choose import choose_plan
 from shardwright.plans.resolve import resolve
-from shardwright.plans.shard import shard
+from shardwright.plans.shard import fitted_table, shard
 from shardwright.plans.table import ShardTable
 from shardwright.plans.units import unit_groups
 from shardwright.worker.blueprint import Blueprint
@@ -41,7 +41,8 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
     module = blueprint.load(dummy=config.model.load_format == "dummy")
     architecture, num_parameters = type(module).__name__, sum(p.numel() for p in module.parameters())
     if peers is not None:
-        shard(module, resolve_table(module, config), stage=placement.stage, collectives=peers.stage)
+        fitted = fitted_table(module, resolve_table(module, config))
+        shard(module, fitted.table, stage=placement.stage, collectives=peers.stage, fitted=fitted.fitted)
     return ModelPart(module=module, architecture=architecture, num_parameters=num_parameters)
 
 

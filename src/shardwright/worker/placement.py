@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from shardwright.layers.collectives import Collectives
+if TYPE_CHECKING:
+    from shardwright.layers.collectives import Collectives
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +16,8 @@ class Placement:
     rank: int = 0
     tp: int = 1
     pp: int = 1
-    local_rank: int = 0
-    """Among the ranks of this machine: the number of its GPU."""
+    gpu: int = 0
+    """The number of its GPU among those that its process sees, if ranks are on GPUs."""
     num_local: int = 1
     """Ranks on this machine: they share its cores and its memory."""
 

@@ -180,13 +180,13 @@ def resolve_device(device: str, placement: Placement = ALONE) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
     if device == "cuda" and placement.num_ranks > 1:
-        if placement.num_local > torch.cuda.device_count():
+        if placement.gpu >= torch.cuda.device_count():
             raise ConfigError(
-                f"{placement.num_local} ranks need a GPU each but {socket.gethostname()} has "
-                f"{torch.cuda.device_count()}: use fewer ranks, or --device cpu"
+                f"every rank needs a GPU of its own but {socket.gethostname()} has {torch.cuda.device_count()} for "
+                f"{placement.num_local}: use fewer ranks, or --device cpu"
             )
-        torch.cuda.set_device(placement.local_rank)
-        return torch.device("cuda", placement.local_rank)
+        torch.cuda.set_device(placement.gpu)
+        return torch.device("cuda", placement.gpu)
     return torch.device(device)
 
 
