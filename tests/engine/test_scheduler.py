@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tests.engine.fake_ranks import FakeRank
 
 from shardwright.cache.spec import CacheGroup, Visibility, VisibilityKind, blocks_for_sequence
 from shardwright.engine.limits import SchedulerLimits
@@ -43,38 +41,15 @@ class Worker:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.known: dict[int, int] = {}
-        self.tables: dict[tuple[int, int], dict[int, int]] = {}
+        groups, block_size = scheduler.memory.groups, scheduler.limits.block_size
+        self._rank = FakeRank(groups, block_size=block_size, sample=lambda tokens: 7)
 
     def step(self) -> tuple[Batch, list[EngineOutput]]:
         batch = self.scheduler.schedule()
         return batch, self.scheduler.update(self.execute(batch)) if batch.rows else []
 
     def execute(self, batch: Batch) -> StepResult:
-        groups, block_size = self.scheduler.memory.groups, self.scheduler.limits.block_size
-        for new in batch.new_rows:
-            self.known[new.row] = len(new.token_ids)
-            for group in range(len(groups)):
-                self.tables[new.row, group] = {}
-        for update in batch.table_updates:
-            table = self.tables[update.row, update.group]
-            table.update({update.start + i: block for i, block in enumerate(update.blocks)})
-        tokens: list[int | None] = []
-        written: set[int] = set()
-        for row, start, count in zip(batch.rows, batch.num_computed, batch.num_tokens, strict=True):
-            for index, group in enumerate(groups):
-                table = self.tables[row, index]
-                for position in range(start, start + count):
-                    assert table[position // block_size] != 0, "a token to compute has no block"
-                    slot = table[position // block_size] * block_size + position % block_size
-                    assert (index, slot) not in written, "two tokens share a slot"
-                    written.add((index, slot))  # type: ignore[arg-type]
-                first = group.visibility.first_visible(start)
-                assert all(table[place] != 0 for place in range(first // block_size, start // block_size))
-            is_last = start + count == self.known[row]
-            self.known[row] += is_last
-            tokens.append(7 if is_last else None)
-        return StepResult(token_ids=tokens, logprobs={}, prompt_logprobs={})
+        return self._rank.execute(batch)
 
     def run(self, max_steps: int = 500) -> dict[str, list[EngineOutput]]:
         """Step until all requests are done; outputs by request."""
@@ -248,82 +223,3 @@ def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_prefix_behind
     assert output.finish_reason is FinishReason.ABORT
     scheduler.add(make_request("b", 9))
     assert scheduler.schedule().num_computed == [0]
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Requests of all kinds come, run and are aborted; the scheduler stays consistent and everyone gets their
-    tokens.
-    """
-
-    @initialize(
-        groups=st.sampled_from([[FULL], [SLIDING], [FULL, SLIDING]]),
-        spare_blocks=st.integers(0, 20),
-        budget=st.integers(4, 24),
-        prefix=st.booleans(),
-        priority=st.booleans(),
-    )
-    def start(self, groups: list[CacheGroup], spare_blocks: int, budget: int, prefix: bool, priority: bool) -> None:
-        least = blocks_for_sequence(groups, num_tokens=40, chunk=budget, block_size=4)
-        self.scheduler = make_scheduler(
-            groups,
-            num_blocks=least + spare_blocks,
-            max_num_batched_tokens=budget,
-            max_model_len=40,
-            enable_prefix_caching=prefix,
-            by_priority=priority,
-        )
-        self.worker = Worker(self.scheduler)
-        self.wanted: dict[str, int] = {}
-        self.got: dict[str, int] = {}
-        self.count = 0
-
-    @rule(
-        length=st.integers(1, 39), max_tokens=st.integers(1, 12), family=st.integers(0, 1), priority=st.integers(-1, 1)
-    )
-    def add(self, length: int, max_tokens: int, family: int, priority: int) -> None:
-        self.count += 1
-        name = str(self.count)
-        self.scheduler.add(make_request(name, length, max_tokens=max_tokens, first=1000 * family, priority=priority))
-        self.wanted[name] = min(max_tokens, 40 - length)
-        self.got[name] = 0
-
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        if self.wanted:
-            name = data.draw(st.sampled_from(sorted(self.wanted)))
-            self.scheduler.abort(name)
-            del self.wanted[name]
-
-    @rule(steps=st.integers(1, 5))
-    def step(self, steps: int) -> None:
-        for _ in range(steps):
-            self.collect()
-
-    def collect(self) -> None:
-        batch, outputs = self.worker.step()
-        assert batch.total_tokens <= self.scheduler.limits.max_num_batched_tokens
-        assert len(batch.rows) == len(set(batch.rows)) <= self.scheduler.limits.max_num_seqs
-        assert all(count > 0 for count in batch.num_tokens)
-        assert batch.rows or not self.scheduler.num_unfinished, "work is there but nothing runs"
-        for output in outputs:
-            self.got[output.request_id] += len(output.new_token_ids)
-            if output.finish_reason is not None:
-                assert self.got[output.request_id] == self.wanted.pop(output.request_id)
-
-    @invariant()
-    def is_consistent(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check_integrity()
-
-    def teardown(self) -> None:
-        if hasattr(self, "scheduler"):
-            for _ in range(3000):
-                if not self.scheduler.num_unfinished:
-                    break
-                self.collect()
-            assert not self.wanted, "requests starve"
-            assert self.scheduler.stats().num_free_blocks == self.scheduler.limits.num_blocks
-
-
-SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
-TestSchedulerMachine = SchedulerMachine.TestCase

@@ -23,6 +23,10 @@ class BatchBuilder:
         self._new_rows: list[NewRow] = []
         self._updates: list[TableUpdate] = []
 
+    def __len__(self) -> int:
+        """Sequences in the batch."""
+        return len(self._parts)
+
     @property
     def parts(self) -> list[ScheduledTokens]:
         """Per sequence, in order, what it computes."""

@@ -96,7 +96,11 @@ class Scheduler:
         step = BatchBuilder(self.limits.max_num_batched_tokens)
         decodes = [r for r in self.running if r.num_pending_tokens == 1]
         prefills = [r for r in self.running if r.num_pending_tokens > 1]
-        for request in decodes[: self._decode_share(len(prefills))] + prefills:
+        share = self._decode_share(len(prefills))
+        for request in decodes:
+            if request.state is RequestState.RUNNING and step.budget > 0 and len(step) < share:
+                self._schedule_running(step, request)
+        for request in prefills:
             if request.state is RequestState.RUNNING and step.budget > 0:
                 self._schedule_running(step, request)
         for part in step.parts:
@@ -249,7 +253,7 @@ class Scheduler:
             self.memory.drop_unseen(request, part.end)
             if token is not None:
                 self._sampled[request.held_row] = token
-        prompt_logprobs = _unsent(request, part, result.prompt_logprobs.get(place))
+        prompt_logprobs = _unsent(part, result.prompt_logprobs[place]) if place in result.prompt_logprobs else None
         if token is None and not prompt_logprobs and not request.is_finished:
             return None
         logprobs = result.logprobs.get(place)
@@ -287,12 +291,8 @@ class Scheduler:
         self.waiting.push(request)
 
 
-def _unsent(
-    request: Request, part: ScheduledTokens, prompt_logprobs: list[TokenLogprobs] | None
-) -> list[TokenLogprobs] | None:
+def _unsent(part: ScheduledTokens, prompt_logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
     """Without those at positions computed again after preemption, which have been reported before."""
-    if prompt_logprobs is None:
-        return None
-    unsent = prompt_logprobs[max(0, request.num_prompt_logprobs_sent - part.start) :]
-    request.num_prompt_logprobs_sent += len(unsent)
+    unsent = prompt_logprobs[max(0, part.request.num_prompt_logprobs_sent - part.start) :]
+    part.request.num_prompt_logprobs_sent += len(unsent)
     return unsent

@@ -1,0 +1,147 @@
+"""Requests of all kinds come, run, are aborted and lose their ranks: no block or row is lost or owned twice, nobody
+starves, and everyone gets their tokens.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.engine.fake_ranks import FakeRanks, next_token
+
+from shardwright.cache.spec import CacheGroup, Visibility, VisibilityKind, blocks_for_sequence
+from shardwright.engine.limits import SchedulerLimits
+from shardwright.engine.messages import EngineRequest
+from shardwright.engine.scheduler import Scheduler
+from shardwright.sampling_params import SamplingParams
+
+FULL = CacheGroup(Visibility(), (0, 1))
+SLIDING = CacheGroup(Visibility(VisibilityKind.SLIDING, 8), (2, 3))
+MAX_MODEL_LEN = 40
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A scheduler with the ranks it schedules for."""
+
+    @initialize(
+        groups=st.sampled_from([[FULL], [SLIDING], [FULL, SLIDING]]),
+        spare_blocks=st.integers(0, 8),
+        budget=st.integers(4, 24),
+        max_in_flight=st.integers(1, 3),
+        prefix=st.booleans(),
+        priority=st.booleans(),
+    )
+    def start(
+        self,
+        groups: list[CacheGroup],
+        spare_blocks: int,
+        budget: int,
+        max_in_flight: int,
+        prefix: bool,
+        priority: bool,
+    ) -> None:
+        least = blocks_for_sequence(groups, num_tokens=MAX_MODEL_LEN, chunk=budget, block_size=4)
+        limits = SchedulerLimits(
+            max_num_seqs=4,
+            max_num_batched_tokens=budget,
+            max_model_len=MAX_MODEL_LEN,
+            block_size=4,
+            num_blocks=least + spare_blocks,
+            max_in_flight=max_in_flight,
+            enable_prefix_caching=prefix,
+            by_priority=priority,
+        )
+        self.scheduler = Scheduler(limits, groups)
+        self.ranks = FakeRanks(groups, limits)
+        self.wanted: dict[str, list[int]] = {}
+        """Tokens still to come, by request."""
+        self.count = 0
+
+    @rule(
+        length=st.integers(1, MAX_MODEL_LEN - 1),
+        max_tokens=st.integers(1, 30),
+        family=st.integers(0, 1),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, length: int, max_tokens: int, family: int, priority: int) -> None:
+        self.count += 1
+        name, prompt = str(self.count), [1000 * family + i for i in range(length)]
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        self.scheduler.add(
+            EngineRequest(request_id=name, prompt_token_ids=prompt, sampling_params=params, priority=priority)
+        )
+        tokens = list(prompt)
+        for _ in range(min(max_tokens, MAX_MODEL_LEN - length)):
+            tokens.append(next_token(tokens))
+        self.wanted[name] = tokens[length:]
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.wanted)
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.wanted)))
+        assert self.scheduler.abort(name)
+        del self.wanted[name]
+
+    @rule()
+    def submit(self) -> None:
+        if len(self.scheduler.in_flight) == self.ranks.max_in_flight:
+            return
+        batch = self.scheduler.schedule()
+        assert batch.total_tokens <= self.scheduler.limits.max_num_batched_tokens
+        assert len(batch.rows) == len(set(batch.rows)) <= self.scheduler.limits.max_num_seqs
+        assert all(count > 0 for count in batch.num_tokens)
+        is_stuck = not batch.rows and not self.scheduler.in_flight
+        assert not is_stuck or not self.scheduler.num_unfinished, "work is there but nothing runs"
+        if batch.rows:
+            self.ranks.submit(batch)
+
+    @rule()
+    def submit_in_vain(self) -> None:
+        if len(self.scheduler.in_flight) < self.ranks.max_in_flight:
+            batch = self.scheduler.schedule()
+            if batch.rows:
+                self.scheduler.take_back(batch)
+
+    @rule()
+    def collect(self) -> None:
+        if not self.scheduler.in_flight:
+            return
+        for output in self.scheduler.update(self.ranks.collect()):
+            expected = [self.wanted[output.request_id].pop(0) for _ in output.new_token_ids]
+            assert output.new_token_ids == expected
+            if output.finish_reason is not None:
+                assert self.wanted.pop(output.request_id) == []
+
+    @rule(steps=st.integers(1, 5))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            for _ in range(self.ranks.max_in_flight):
+                self.submit()
+            self.collect()
+
+    @rule()
+    def lose_ranks(self) -> None:
+        self.ranks.restart()
+        self.scheduler.start_over()
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.reset_prefix_cache()
+
+    @invariant()
+    def is_consistent(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if hasattr(self, "scheduler"):
+            for _ in range(3000):
+                if not self.scheduler.num_unfinished and not self.scheduler.in_flight:
+                    break
+                self.step(1)
+            assert not self.wanted, "requests starve"
+            assert self.scheduler.stats().num_free_blocks == self.scheduler.limits.num_blocks
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestSchedulerMachine = SchedulerMachine.TestCase
