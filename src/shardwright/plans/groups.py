@@ -7,6 +7,7 @@ it: the rows of the query projection, the columns of the output projection. Unit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -46,6 +47,8 @@ class Member:
     units: int
     """Divides the group's: key and value heads have fewer units than query heads. A rank holds every unit that it
     needs, so several ranks may hold the same."""
+    span: Range | None = None
+    """The units of the group that fall into it, if not all: one dimension may have several members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ class UnitGroup:
 
     def pieces(self, ranks: int) -> list[Range]:
         """Units of each rank. Raises PlanError if there are fewer units than ranks."""
-        return deal_grouped(self.units, min((m.units for m in self.members), default=self.units), ranks, self.kind)
+        shared = [m.units for m in self.members if m.units > 1 and m.span is None]
+        return deal_grouped(self.units, min(shared, default=self.units), ranks, self.kind)
 
 
 def deal(units: int, ranks: int) -> list[Range]:
@@ -91,10 +95,19 @@ def deal_grouped(units: int, coarse: int, ranks: int, kind: str) -> list[Range]:
 
 def ranges_of(member: Member, units: int, piece: Range) -> Ranges:
     """What a rank that is dealt units `piece` of a group's `units` holds of a member's dimension."""
-    ratio = units // member.units
-    first, last = piece[0] // ratio, -(-piece[1] // ratio)
+    begin, end = member.span or (0, units)
+    ratio = (end - begin) // member.units
+    start, stop = max(piece[0], begin) - begin, min(piece[1], end) - begin
+    if start >= stop:
+        return ()
+    first, last = start // ratio, -(-stop // ratio)
     ranges = []
-    for start, stop in member.segments:
-        size = (stop - start) // member.units
-        ranges.append((start + first * size, start + last * size))
+    for low, high in member.segments:
+        size = (high - low) // member.units
+        ranges.append((low + first * size, low + last * size))
     return tuple(ranges)
+
+
+def ranges_of_all(members: Sequence[Member], units: int, piece: Range) -> Ranges:
+    """What such a rank holds of a dimension that has several members, in the order of its indices."""
+    return tuple(sorted(r for member in members for r in ranges_of(member, units, piece)))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.errors import PlanError
-from shardwright.plans.groups import Range, Ranges, UnitGroup, deal, ranges_of
+from shardwright.plans.groups import Member, Range, Ranges, UnitGroup, deal, ranges_of_all
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.stages import assign_stages
@@ -49,7 +49,10 @@ def resolve(
         dimension that a parameter does not have.
     """
     rows: list[ParameterRow] = []
-    by_dimension = {(m.name, m.dim): (g, m) for g in groups for m in g.members}
+    by_dimension: dict[tuple[str, int], tuple[UnitGroup, list[Member]]] = {}
+    for group in groups:
+        for member in group.members:
+            by_dimension.setdefault((member.name, member.dim), (group, []))[1].append(member)
     pieces: dict[int, list[Range]] = {}
     for name, aliases, parameter, owner in parameters_of(module):
         pattern = next((p for n in (name, *aliases) if (p := matching_pattern(plan, n)) is not None), None)
@@ -57,15 +60,15 @@ def resolve(
         row: dict[str, Any] = {}
         dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
         if dim is not None:
-            group, member = next(
-                (by_dimension[n, dim] for n in (name, *aliases) if (n, dim) in by_dimension), (None, None)
-            )
-            if group is not None and member is not None:
+            found = next((by_dimension[n, dim] for n in (name, *aliases) if (n, dim) in by_dimension), None)
+            ranges, unit = None, 1
+            if found is not None:
+                group, members = found
                 if id(group) not in pieces:
                     pieces[id(group)] = group.pieces(tp)
-                ranges = tuple(ranges_of(member, group.units, piece) for piece in pieces[id(group)])
-                unit = (member.segments[0][1] - member.segments[0][0]) // member.units
-            else:
+                unit = (members[0].segments[0][1] - members[0].segments[0][0]) // members[0].units
+                ranges = tuple(ranges_of_all(members, group.units, piece) for piece in pieces[id(group)])
+            if ranges is None or (is_exchanged(style) and not is_partition(ranges, parameter.shape[dim])):
                 ranges, unit = plain_ranges(name, parameter.shape[dim], style, tp), 1
             row = {"dim": dim, "unit": unit, "ranges": ranges}
         rows.append(
@@ -113,6 +116,18 @@ def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[Paramete
                 is_embedding = isinstance(module.get_submodule(owner), nn.Embedding)
                 styles[owner] = VOCABULARY if is_embedding else COLUMN_GATHERED
     return styles
+
+
+def is_exchanged(style: Style) -> bool:
+    """Whether ranks put their parts together, or take them out of the whole, so that these must follow each other."""
+    return style.output is Output.GATHERED or style.input is Input.SPLIT
+
+
+def is_partition(ranges: Sequence[Ranges], length: int) -> bool:
+    """Whether what ranks hold are neighbouring parts of a dimension, in the order of ranks."""
+    ends = [(r[0][0], r[0][1]) for r in ranges if len(r) == 1]
+    starts = [start for start, _ in ends] + [length]
+    return len(ends) == len(ranges) and starts[0] == 0 and [stop for _, stop in ends] == starts[1:]
 
 
 def acts(style: Style) -> bool:

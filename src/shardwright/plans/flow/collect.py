@@ -1,0 +1,255 @@
+"""From atoms that are bound to each other to units, groups and their members."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardwright.plans.flow.atoms import Labels
+from shardwright.plans.flow.state import Axis, Flow
+from shardwright.plans.groups import Member, UnitGroup, UnitKind
+
+FEATURE_UNITS = (64, 32, 16, 8)
+"""Hidden features of an MLP are dealt in multiples of the largest of these that leaves work for everybody."""
+
+Users = frozenset[int]
+"""Units that need an atom; a unit is the least atom of what is bound together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of indices that the same units need: those from `first` up to `last`, in the order of the group."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def collect(flow: Flow) -> list[UnitGroup]:
+    """The groups of a model, of what every rank may have its own part of."""
+    settle(flow)
+    return [*cut_groups(flow), *vocabulary_groups(flow), *expert_groups(flow)]
+
+
+def settle(flow: Flow) -> None:
+    """Bind what code divides together, and what must not be on two ranks though several need it."""
+    before = -1
+    while (now := _num_bound(flow)) != before:
+        before = now
+        for labels in flow.splits:
+            _bind_split(flow, flow.atoms.find(labels))
+        holders, needed = flow.atoms.needs()
+        closed = np.unique(
+            flow.atoms.find(np.concatenate([np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)]))
+        )
+        shared = np.isin(needed, closed[closed > 0]) | (holders == 0)
+        flow.atoms.bind(holders[shared], needed[shared])
+
+
+def _num_bound(flow: Flow) -> int:
+    every = np.concatenate([np.zeros(1, np.int64), *(axis.atoms for axis in flow.axes)])
+    return len(np.unique(flow.atoms.find(every)))
+
+
+def _bind_split(flow: Flow, labels: Labels) -> None:
+    """Of a dimension that is divided in several, one is cut: the outermost whose entries share nothing."""
+    if len(labels) < 2:
+        if labels.ndim > 1 and len(labels):
+            _bind_split(flow, labels[0])
+        return
+    rows = labels.reshape(len(labels), -1)
+    sets = [set(row.tolist()) - {0} for row in rows]
+    if sum(map(len, sets)) == len(set().union(*sets)) and all(sets):
+        for row in rows:
+            present = row[row > 0]
+            flow.atoms.bind(present, present[:1])
+    elif labels.ndim > 1:
+        for part in labels:
+            _bind_split(flow, flow.atoms.find(part))
+
+
+def users(flow: Flow) -> dict[int, Users]:
+    """Units that need each atom, by the least atom of what is bound together; a unit needs itself."""
+    holders, needed = flow.atoms.needs()
+    by_atom: dict[int, list[int]] = defaultdict(list)
+    for holder, atom in zip(holders.tolist(), needed.tolist(), strict=True):
+        by_atom[atom].append(holder)
+    found: dict[int, Users] = {}
+
+    def of(atom: int, above: frozenset[int]) -> Users:
+        if atom not in found:
+            if atom in above:  # two that need each other
+                return frozenset()
+            inner = above | {atom}
+            made = frozenset[int]().union(*(of(holder, inner) for holder in by_atom.get(atom, ())))
+            if above & set(by_atom.get(atom, ())):
+                return made
+            found[atom] = made or frozenset((atom,))
+        return found[atom]
+
+    for axis in flow.axes:
+        for atom in np.unique(flow.atoms.find(axis.atoms)).tolist():
+            of(atom, frozenset())
+    found[0] = frozenset()
+    return found
+
+
+def cut_groups(flow: Flow) -> list[UnitGroup]:
+    """Groups whose columns end in rows."""
+    needed_by = users(flow)
+    roots = {(axis.name, axis.dim): flow.atoms.find(axis.atoms) for axis in flow.axes}
+    closing = set(
+        flow.atoms.find(np.concatenate([np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)])).tolist()
+    ) - {0}
+    touching = {
+        key: frozenset().union(*(needed_by[a] for a in np.unique(found).tolist())) & closing
+        for key, found in roots.items()
+    }
+    groups = []
+    for keys in _connected({key: units for key, units in touching.items() if units}):
+        closed = [
+            key for key in keys if all(a in closing for a in roots[key].tolist()) and len(set(roots[key].tolist())) > 1
+        ]
+        if closed:
+            made = _group(flow, keys, closed[0], roots, needed_by)
+            if made is not None:
+                groups.append(made)
+    return groups
+
+
+def _connected(touching: dict[tuple[str, int], frozenset[int]]) -> Iterable[list[tuple[str, int]]]:
+    """Dimensions that share units, directly or by others, in the order of the model."""
+    home: dict[int, int] = {}
+    sets: dict[int, list[tuple[str, int]]] = {}
+    for number, (key, units) in enumerate(touching.items()):
+        joined = sorted({home[u] for u in units if u in home})
+        target = joined[0] if joined else number
+        sets.setdefault(target, [])
+        for other in joined[1:]:
+            sets[target] += sets.pop(other)
+        sets[target].append(key)
+        members = set(units).union(*(touching[k] for k in sets[target]))
+        home.update(dict.fromkeys(members, target))
+    return [sets[number] for number in sorted(sets)]
+
+
+def _group(
+    flow: Flow,
+    keys: Sequence[tuple[str, int]],
+    closed: tuple[str, int],
+    roots: dict[tuple[str, int], Labels],
+    needed_by: dict[int, Users],
+) -> UnitGroup | None:
+    order: dict[int, int] = {}
+    for key in (closed, *keys):
+        for atom in roots[key].tolist():
+            for unit in sorted(needed_by[atom]):
+                order.setdefault(unit, len(order))
+    if len(order) < 2:
+        return None
+    every = frozenset(order)
+    members: list[Member] = []
+    for name, dim in keys:
+        spans = []
+        for atom in roots[name, dim].tolist():
+            places = sorted(order[unit] for unit in (needed_by[atom] or every))
+            if places[-1] - places[0] + 1 != len(places):
+                return None
+            spans.append((places[0], places[-1] + 1))
+        members += members_of(name, dim, pieces_of(spans), len(order))
+    atoms = flow.atoms.find(np.concatenate([np.zeros(1, np.int64), *(labels.ravel() for labels in flow.heads)]))
+    is_heads = bool(np.isin(atoms[atoms > 0], list(order)).any())
+    group = UnitGroup(UnitKind.HEADS if is_heads else UnitKind.FEATURES, len(order), tuple(members), "traced")
+    return group if is_heads else coarser(group)
+
+
+def pieces_of(spans: Sequence[tuple[int, int]]) -> list[Piece]:
+    """Runs of indices that the same units need."""
+    pieces: list[Piece] = []
+    for index, (first, last) in enumerate(spans):
+        if pieces and (pieces[-1].first, pieces[-1].last) == (first, last):
+            pieces[-1] = Piece(pieces[-1].start, index + 1, first, last)
+        else:
+            pieces.append(Piece(index, index + 1, first, last))
+    return pieces
+
+
+def members_of(name: str, dim: int, pieces: Sequence[Piece], units: int) -> list[Member]:
+    """Pieces as members: those of one length that follow each other, as their units do, make up a segment."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        last = runs[-1][-1] if runs else None
+        if (
+            last is not None
+            and piece.stop - piece.start == last.stop - last.start
+            and piece.first == last.last
+            and piece.last - piece.first == last.last - last.first
+        ):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    segments: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    for run in runs:
+        key = (len(run), run[0].first, run[-1].last)
+        segments.setdefault(key, []).append((run[0].start, run[-1].stop))
+    return [
+        Member(name, dim, tuple(ranges), count, span=None if (first, last) == (0, units) else (first, last))
+        for (count, first, last), ranges in segments.items()
+    ]
+
+
+def coarser(group: UnitGroup) -> UnitGroup:
+    """Features in larger units, where all members have as many."""
+    if any(m.span is not None or m.units not in (1, group.units) for m in group.members):
+        return group
+    unit = next((u for u in FEATURE_UNITS if group.units % u == 0 and group.units // u >= 8), 1)
+    units = group.units // unit
+    members = tuple(Member(m.name, m.dim, m.segments, min(m.units, units)) for m in group.members)
+    return UnitGroup(group.kind, units, members, group.source)
+
+
+def vocabulary_groups(flow: Flow) -> list[UnitGroup]:
+    """Tables that tokens are looked up in, and heads, by rows."""
+    groups = []
+    heads = heads_of(flow)
+    for axis in flow.axes:
+        if axis.dim == 0 and (axis.name in flow.tables or axis.name in heads):
+            bias = heads.get(axis.name)
+            names = [axis.name] if bias is None else [axis.name, bias]
+            units = len(axis.atoms)
+            members = tuple(Member(name, 0, ((0, units),), units) for name in names)
+            groups.append(UnitGroup(UnitKind.VOCABULARY, units, members, "traced"))
+    return groups
+
+
+def heads_of(flow: Flow) -> dict[str, str | None]:
+    """Weights whose columns the model returns, and their biases."""
+    found: dict[str, str | None] = {}
+    escaped = [flow.memory.labels(ref) for ref in flow.trace.outputs]
+    atoms = {int(a) for labels in escaped if labels is not None for a in np.unique(labels).tolist()} - {0}
+    axes: list[Axis] = [a for a in flow.axes if atoms & set(flow.atoms.find(a.atoms).tolist())]
+    for axis in axes:
+        if axis.dim == 0 and len(flow.trace.refs[axis.name].size) == 2:
+            found[axis.name] = next(
+                (a.name for a in axes if a is not axis and len(flow.trace.refs[a.name].size) == 1), None
+            )
+    return found
+
+
+def expert_groups(flow: Flow) -> list[UnitGroup]:
+    """Stacked matrices of experts, by expert, one group for each module that holds some."""
+    by_owner: dict[str, list[Axis]] = defaultdict(list)
+    for axis in flow.axes:
+        if axis.dim == 0 and axis.name in flow.stacked:
+            by_owner[axis.name.rpartition(".")[0]].append(axis)
+    groups = []
+    for owner, axes in by_owner.items():
+        units = len(axes[0].atoms)
+        held = [a for a in flow.axes if a.dim == 0 and len(a.atoms) == units and a.name.rpartition(".")[0] == owner]
+        members = tuple(Member(a.name, 0, ((0, units),), units) for a in held)
+        groups.append(UnitGroup(UnitKind.EXPERTS, units, members, "traced"))
+    return groups
