@@ -4,37 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from shardwright.config import EngineConfig
 from shardwright.errors import RanksLostError
 from shardwright.parallel.merge import log_start, merge
+from shardwright.parallel.ranks import Ranks
 from shardwright.worker.batch import Batch, StepResult
-from shardwright.worker.report import Allocation, WorkerReport
-
-
-class Ranks(Protocol):
-    """A group of ranks that live and die together."""
-
-    def load(self, config: EngineConfig) -> list[WorkerReport]:
-        """Load a model. Returns: the reports of all ranks. Raises: a UsageError of a rank; RanksLostError."""
-        ...
-
-    def allocate(self, allocation: Allocation) -> None:
-        """Make room on all ranks. Raises RanksLostError."""
-        ...
-
-    def submit(self, batch: Batch) -> None:
-        """Send a batch to all ranks. Raises RanksLostError."""
-        ...
-
-    def collect(self) -> StepResult:
-        """The result of the oldest batch. Raises RanksLostError."""
-        ...
-
-    def close(self) -> None:
-        """End all ranks and leave nothing behind. May be called twice."""
-        ...
 
 
 class ParallelExecutor:

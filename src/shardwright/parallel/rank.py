@@ -90,9 +90,12 @@ class Rank:
         return Opened(int(self._store.port))
 
     def _load(self, config: EngineConfig, port: int) -> WorkerReport:
+        from transformers.utils.logging import disable_progress_bar
+
         from shardwright.parallel.groups import ProcessGroups
         from shardwright.worker.worker import Worker, resolve_device
 
+        disable_progress_bar()  # those of several ranks would run into each other
         if self._groups is None and self._placement.num_ranks > 1:
             self._groups = ProcessGroups(
                 self._placement,
