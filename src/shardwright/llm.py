@@ -231,7 +231,9 @@ class LLM:
         self._live_core.reset_prefix_cache()
 
     def close(self) -> None:
-        """Free the model and its cache. The engine cannot be used afterwards."""
+        """End what the engine has started, and free the model and its cache. It cannot be used afterwards."""
+        if self._core is not None:
+            self._core.close()
         self._core = None
 
     def __enter__(self) -> Self:

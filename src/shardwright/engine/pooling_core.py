@@ -52,6 +52,9 @@ class PoolingCore:
         """The state of the queue between steps."""
         return EngineOutputs(outputs=[], stats=self.stats)
 
+    def close(self) -> None:
+        """Nothing to end: what is here ends with the process."""
+
     def step(self) -> EngineOutputs:
         """Read one batch."""
         window = list(islice(self._waiting.values(), WINDOW))

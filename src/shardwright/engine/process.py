@@ -64,6 +64,7 @@ def run_core_process(
     commands.connect(command_address)
     events.connect(event_address)
     channel = _Channel(commands, events)
+    core: Core | None = None
     try:
         adopt(registration)
         core = start_core(config)
@@ -76,6 +77,8 @@ def run_core_process(
         channel.send(Failed(type(exc).__name__ if known else "EngineDeadError", message))
         sys.exit(1)
     finally:
+        if core is not None:
+            core.close()
         context.destroy(linger=2000)
         if _is_orphan():  # nobody else is left to remove the sockets
             shutil.rmtree(Path(command_address.removeprefix("ipc://")).parent, ignore_errors=True)
