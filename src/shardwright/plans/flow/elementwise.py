@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from shardwright.plans.flow.atoms import Labels
-from shardwright.plans.flow.memory import Root
+from shardwright.plans.flow.memory import Origin, Root
 from shardwright.plans.flow.products import refs_of
 from shardwright.plans.flow.record import Op, Ref
-from shardwright.plans.flow.state import Flow, Operand, full_dims
+from shardwright.plans.flow.state import Flow, Operand
 
 COPIES = frozenset(("aten.clone", "aten._to_copy", "aten.contiguous", "aten.alias_copy", "aten.lift_fresh"))
 
@@ -28,12 +28,14 @@ def elementwise(flow: Flow, op: Op) -> None:
         memory.write(out, _of_partial_sums(flow, op, refs, labels))
         return
     labelled = [ref for ref in refs if labels.get(id(ref)) is not None]
-    if parameters and not labelled and all(ref in parameters or not any(full_dims(ref)) for ref in refs):
+    tensors = [ref for ref in refs if any(memory.full(ref))]
+    if len(tensors) == 1 and out.storage != tensors[0].storage:
+        memory.note_copies(tensors[0], out)
+    if parameters and not labelled and all(ref in parameters or not any(flow.memory.full(ref)) for ref in refs):
         if out.storage in memory.roots:
             return
-        memory.roots[out.storage] = Root(
-            out, tuple(_together(flow, [memory.candidates(r) or [] for r in parameters], out))
-        )
+        ways = [(memory.candidates(r) or [], memory.origins(r)) for r in parameters]
+        memory.roots[out.storage] = _together(flow, ways, out)
         return
     if not labelled:
         for ref in parameters:
@@ -47,33 +49,33 @@ def elementwise(flow: Flow, op: Op) -> None:
     for ref in refs:
         if ref.storage not in memory.roots:
             constant = ref.storage in memory.constant
-            full = (False,) * len(ref.size) if constant and labels[id(ref)] is None else full_dims(ref)
+            full = (False,) * len(ref.size) if constant and labels[id(ref)] is None else flow.memory.full(ref)
             operands.append(Operand(labels[id(ref)], full))
     rank = len(out.size)
     result = flow.combine(operands, rank)
     for ref in parameters:
         adopted = flow.adopt(memory.candidates(ref) or [], result)
-        result = flow.combine([Operand(result, (False,) * rank), Operand(adopted, full_dims(ref))], rank)
+        result = flow.combine([Operand(result, (False,) * rank), Operand(adopted, flow.memory.full(ref))], rank)
     memory.write(out, result)
 
 
-def _together(flow: Flow, ways: list[list[Labels]], out: Ref) -> list[Labels]:
+def _together(flow: Flow, ways: list[tuple[list[Labels], tuple[Origin, ...]]], out: Ref) -> Root:
     """Ways to cut several parameters that are combined: those that all of them share."""
     rank = len(out.size)
-    shared = [c.reshape((1,) * (rank - c.ndim) + c.shape) for c in ways[0]]
-    for others in ways[1:]:
-        aligned = [c.reshape((1,) * (rank - c.ndim) + c.shape) for c in others]
+    aligned = [[c.reshape((1,) * (rank - c.ndim) + c.shape) for c in candidates] for candidates, _ in ways]
+    shared = list(zip(aligned[0], ways[0][1], strict=False))
+    for others in aligned[1:]:
         kept = []
-        for way in shared:
-            partner = next((c for c in aligned if c.shape == way.shape), None)
+        for way, origin in shared:
+            partner = next((c for c in others if c.shape == way.shape), None)
             if partner is None:
                 flow.memory.fix([way])
             else:
                 flow.atoms.bind(way, partner)
-                kept.append(flow.atoms.find(way))
-        flow.memory.fix([c for c in aligned if not any(c.shape == way.shape for way in kept)])
+                kept.append((flow.atoms.find(way), origin))
+        flow.memory.fix([c for c in others if not any(c.shape == way.shape for way, _ in kept)])
         shared = kept
-    return shared
+    return Root(out, tuple(way for way, _ in shared), tuple(origin for _, origin in shared))
 
 
 def _of_partial_sums(flow: Flow, op: Op, refs: list[Ref], labels: dict[int, Labels | None]) -> Labels | None:

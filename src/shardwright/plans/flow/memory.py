@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,10 @@ MOST_ELEMENTS = 1 << 22
 """Of a view of a parameter that is no mere reordering of its dimensions."""
 
 
+Origin = tuple[str, int]
+"""A parameter, and one of its dimensions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Root:
     """Memory that holds a parameter, or what was computed from one number by number."""
@@ -21,6 +26,8 @@ class Root:
     ref: Ref
     candidates: tuple[Labels, ...]
     """Ways to cut it, each as the atoms of its elements, of size 1 along dimensions in which they do not differ."""
+    origins: tuple[Origin, ...]
+    """Of each of these ways."""
 
 
 class Memory:
@@ -34,6 +41,8 @@ class Memory:
         self.constant: set[int] = set()
         """Storages that hold one number: made in the shape of something, which may be a part."""
         self._labels: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, torch.Tensor] = {}
+        """For storages in which numbers are repeated, such as keys for several query heads: which of them are one."""
 
     def labels(self, ref: Ref) -> Labels | None:
         """Of the elements of a tensor, or a broadcast view of them; None: every rank has all of it."""
@@ -63,6 +72,34 @@ class Memory:
         if (flat := self._labels.get(storage)) is not None:
             flat[flat == old] = new
 
+    def full(self, ref: Ref) -> tuple[bool, ...]:
+        """For each dimension of a tensor, whether it has numbers of its own there, and not copies or a constant."""
+        if ref.storage in self.constant:
+            return (False,) * len(ref.size)
+        flat = self._copies.get(ref.storage)
+        if flat is None:
+            return tuple(size > 1 and stride != 0 for size, stride in zip(ref.size, ref.stride, strict=True))
+        numbers = flat.as_strided(ref.size, ref.stride, ref.offset)
+        return tuple(
+            size > 1 and bool((numbers != numbers.narrow(axis, 0, 1)).any()) for axis, size in enumerate(ref.size)
+        )
+
+    def note_copies(self, source: Ref, out: Ref) -> None:
+        """A tensor was computed from another, number by number: what is a copy there, is one here."""
+        flat = self._copies.get(source.storage)
+        if source.size != out.size or out.capacity > MOST_ELEMENTS:
+            return
+        if flat is not None:
+            numbers = flat.as_strided(source.size, source.stride, source.offset)
+        elif any(size > 1 and stride == 0 for size, stride in zip(source.size, source.stride, strict=True)):
+            compact = [1 if stride == 0 else size for size, stride in zip(source.size, source.stride, strict=True)]
+            numbers = torch.arange(math.prod(compact)).view(compact).expand(source.size)
+        else:
+            return
+        made = torch.zeros(out.capacity, dtype=torch.int64)
+        made.as_strided(out.size, out.stride, out.offset).copy_(numbers)
+        self._copies[out.storage] = made
+
     def candidates(self, ref: Ref) -> list[Labels] | None:
         """Ways to cut a view of a parameter, broadcastable to it; None if it is no parameter.
 
@@ -84,6 +121,11 @@ class Memory:
             )
             found.append(self.atoms.find(candidate[index]))
         return found
+
+    def origins(self, ref: Ref) -> tuple[Origin, ...]:
+        """Where the candidates of a view of a parameter come from, in their order."""
+        root = self.roots.get(ref.storage)
+        return root.origins if root is not None else ()
 
     def fix(self, candidates: tuple[Labels, ...] | list[Labels]) -> None:
         """Have every rank hold what these would cut."""

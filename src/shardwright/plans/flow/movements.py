@@ -11,7 +11,7 @@ from shardwright.plans.flow.atoms import Labels
 from shardwright.plans.flow.memory import Root
 from shardwright.plans.flow.products import refs_of, unknown
 from shardwright.plans.flow.record import Op, Ref
-from shardwright.plans.flow.state import Flow, Operand, full_dims
+from shardwright.plans.flow.state import Flow, Operand
 
 LINEAR_REDUCTIONS = frozenset(("aten.sum", "aten.cumsum", "aten.mean"))
 
@@ -109,7 +109,7 @@ def _concatenation(flow: Flow, op: Op, refs: list[Ref]) -> None:
             labels = flow.adopt(memory.candidates(ref) or [], edge)
         pieces.append(labels)
     whole = [
-        Operand(None, full_dims(r))
+        Operand(None, flow.memory.full(r))
         for r, p in zip(refs, pieces, strict=True)
         if p is None and r.storage not in memory.constant
     ]
@@ -150,8 +150,11 @@ def lookup(flow: Flow, op: Op) -> None:
             if name is not None:
                 flow.stacked.add(name)
             lead = (1,) * len(indices[0].size)
-            kept = [c.reshape(lead + c.shape[1:]) for c in candidates if c.shape[0] == 1]
-            memory.roots[out.storage] = Root(out, tuple(kept))
+            origins = memory.origins(data)
+            kept = [
+                (c.reshape(lead + c.shape[1:]), o) for c, o in zip(candidates, origins, strict=False) if len(c) == 1
+            ]
+            memory.roots[out.storage] = Root(out, tuple(c for c, _ in kept), tuple(o for _, o in kept))
             return
         else:
             memory.fix(candidates)
@@ -163,8 +166,8 @@ def lookup(flow: Flow, op: Op) -> None:
         return
     if op.name == "aten.gather":
         merged = flow.merge(labels, axes)
-        others = Operand(None, tuple(f and d not in axes for d, f in enumerate(full_dims(indices[0]))))
-        memory.write(out, flow.combine([Operand(merged, full_dims(out)), others], len(out.size)))
+        others = Operand(None, tuple(f and d not in axes for d, f in enumerate(flow.memory.full(indices[0]))))
+        memory.write(out, flow.combine([Operand(merged, flow.memory.full(out)), others], len(out.size)))
         return
     if any(index.value is None for index in indices):
         if (labels < 0).any():
@@ -237,11 +240,14 @@ def insertion(flow: Flow, op: Op) -> None:
         values = flow.merge(theirs, axes)
     elif theirs is not None:
         return unknown(flow, op)
-    constant = target.storage in memory.constant
     rank = len(out.size)
-    sides = [Operand(merged, (False,) * rank if constant or merged is None else full_dims(target))]
+    sides = [Operand(merged, flow.memory.full(target))]
     if isinstance(source, Ref):
-        full = tuple(f and d not in axes for d, f in enumerate(full_dims(source))) if len(source.size) == rank else ()
+        full = (
+            tuple(f and d not in axes for d, f in enumerate(flow.memory.full(source)))
+            if len(source.size) == rank
+            else ()
+        )
         sides.append(Operand(values, full))
     memory.write(out, flow.combine(sides, rank))
 
@@ -270,7 +276,7 @@ def merged_matrices(flow: Flow, op: Op) -> None:
     for ref in refs:
         flow.memory.fix(flow.memory.candidates(ref) or [])
         merged: Labels | None = flow.merge(flow.memory.labels(ref), [len(ref.size) - 2, len(ref.size) - 1])
-        sides.append(Operand(merged, (*full_dims(ref)[:-2], False, False)))
+        sides.append(Operand(merged, (*flow.memory.full(ref)[:-2], False, False)))
     result = flow.combine(sides, rank)
     for made in op.outputs:
         flow.memory.write(made, result)

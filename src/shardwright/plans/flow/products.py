@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from shardwright.plans.flow.atoms import Labels
-from shardwright.plans.flow.memory import thin
+from shardwright.plans.flow.memory import Origin, thin
 from shardwright.plans.flow.record import Op, Ref
-from shardwright.plans.flow.state import Closing, Flow, Operand, full_dims
+from shardwright.plans.flow.state import Closing, Flow, Operand
 
 
 def product(flow: Flow, op: Op) -> None:
@@ -18,6 +20,9 @@ def product(flow: Flow, op: Op) -> None:
     out = op.outputs[0]
     if op.name in ("aten._grouped_mm", "aten.addbmm") and not (len(left.size) == 2 and len(right.size) == 3):
         return unknown(flow, op)
+    for ref in (left, right):
+        if len(ref.size) == 3 and (name := flow.trace.parameters.get(ref.storage)) is not None:
+            flow.stacked.add(name)
     result = multiply(flow, op.call, _side(flow, left, is_left=True), _side(flow, right, is_left=False))
     if result is not None:
         result = result.reshape(result.shape[3 - len(out.size) :]) if len(out.size) > 1 else result.ravel()
@@ -38,7 +43,7 @@ def convolution(flow: Flow, op: Op) -> None:
         ways = [c.reshape(c.shape[0], c.shape[1]).T[None] for c in candidates if max(c.shape[2:], default=1) == 1]
         flow.memory.fix([c for c in candidates if max(c.shape[2:], default=1) > 1])
         matrix = None if rows is None else np.broadcast_to(rows.reshape(1, 1, channels), (1, 1, channels))
-        made = multiply(flow, op.call, (matrix, None), (None, ways))
+        made = multiply(flow, op.call, Side(matrix), Side(candidates=ways))
     elif groups == channels == out.size[1]:
         rows = None if labels is None else flow.merge(labels, range(2, len(data.size)))
         by_channel = None if rows is None else rows.reshape(rows.shape[0], -1)
@@ -111,21 +116,31 @@ def refs_of(op: Op) -> list[Ref]:
     return found
 
 
-Side = tuple[Labels | None, list[Labels] | None]
-"""Of a product: labels of an activation, [batch, rows, columns]; candidates of a parameter."""
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One factor of a product, as a batch of matrices."""
+
+    labels: Labels | None = None
+    """Of an activation."""
+    candidates: list[Labels] | None = None
+    """Of a parameter: broadcastable, of size 1 along dimensions in which they do not differ."""
+    origins: tuple[Origin, ...] = ()
+    """Of the candidates."""
+    has_batch: bool = False
+    """Whether the matrices of a batch differ."""
 
 
 def _side(flow: Flow, ref: Ref, *, is_left: bool) -> Side:
     if len(ref.size) == 1:
-        shape = (1, 1, ref.size[0]) if is_left else (1, ref.size[0], 1)
+        shape: tuple[int, ...] = (1, 1, ref.size[0]) if is_left else (1, ref.size[0], 1)
     else:
-        shape = (1,) * (3 - len(ref.size)) + ref.size  # type: ignore[assignment]
+        shape = (1,) * (3 - len(ref.size)) + ref.size
     labels, candidates = flow.memory.labels(ref), flow.memory.candidates(ref)
     if candidates is not None:
-        if len(ref.size) == 1:
-            return None, [c.reshape(shape) for c in candidates]
-        return None, [c.reshape((1,) * (3 - len(ref.size)) + c.shape) for c in candidates]
-    return (None if labels is None else labels.reshape(shape)), None
+        ways = [c.reshape(shape if c.ndim == 1 else (1,) * (3 - c.ndim) + c.shape) for c in candidates]
+        return Side(candidates=ways, origins=flow.memory.origins(ref))
+    has_batch = len(ref.size) == 3 and flow.memory.full(ref)[0]
+    return Side(None if labels is None else labels.reshape(shape), has_batch=has_batch)
 
 
 def multiply(flow: Flow, call: int, left: Side, right: Side) -> Labels | None:
@@ -137,20 +152,22 @@ def multiply(flow: Flow, call: int, left: Side, right: Side) -> Labels | None:
         left: [batch, rows, inner].
         right: [batch, inner, columns].
     """
-    if left[1] is not None and right[1] is not None:
-        flow.memory.fix(left[1])
-        flow.memory.fix(right[1])
+    if left.candidates is not None and right.candidates is not None:
+        flow.memory.fix(left.candidates)
+        flow.memory.fix(right.candidates)
         return None
-    if right[1] is not None:
-        return _by_parameter(flow, call, left[0], right[1])
-    if left[1] is not None:
-        turned = None if right[0] is None else right[0].swapaxes(1, 2)
-        made = _by_parameter(flow, call, turned, [c.swapaxes(1, 2) for c in left[1]])
+    if right.candidates is not None:
+        return _by_parameter(flow, call, left.labels, right.candidates, right.origins)
+    if left.candidates is not None:
+        turned = None if right.labels is None else right.labels.swapaxes(1, 2)
+        made = _by_parameter(flow, call, turned, [c.swapaxes(1, 2) for c in left.candidates], left.origins)
         return None if made is None else made.swapaxes(1, 2)
-    return _of_activations(flow, left[0], right[0])
+    return _of_activations(flow, left, right)
 
 
-def _by_parameter(flow: Flow, call: int, data: Labels | None, candidates: list[Labels]) -> Labels | None:
+def _by_parameter(
+    flow: Flow, call: int, data: Labels | None, candidates: list[Labels], origins: tuple[Origin, ...]
+) -> Labels | None:
     """An activation times a weight, of which `candidates` are [batch, inner, columns], of size 1 where all the same.
 
     What every rank has gives columns that are cut. What is cut by columns gives partial sums.
@@ -169,8 +186,8 @@ def _by_parameter(flow: Flow, call: int, data: Labels | None, candidates: list[L
         flow.memory.fix([*columns[1:], *inner])
         if not columns:
             return None
-        made = flow.atoms.find(columns[0])
-        return made if made.any() else None
+        column = flow.atoms.find(columns[0])
+        return column if column.any() else None
     if data.shape[2] == 1 or (data == data[:, :, :1]).all():
         flow.memory.fix([*columns, *inner])
         made = flow.merge(data[:, :, :1], [1]) if data.shape[0] > 1 and batch else None
@@ -181,21 +198,21 @@ def _by_parameter(flow: Flow, call: int, data: Labels | None, candidates: list[L
     if inner and (data.shape[1] == 1 or (data == data[:, :1]).all()):
         way, taken = np.broadcast_arrays(inner[0], data[:, :1].swapaxes(1, 2))
         flow.atoms.bind(way, taken)
-        flow.closings.append(Closing(call, taken.copy()))
+        origin = next((o for c, o in zip(candidates, origins, strict=False) if c is inner[0]), None)
+        flow.closings.append(Closing(call, taken.copy(), origin))
         return np.full((1, 1, 1), -(call + 1), dtype=np.int64)
     flow.memory.fix(candidates)
     return flow.merge(data, [2])
 
 
-def _of_activations(flow: Flow, left: Labels | None, right: Labels | None) -> Labels | None:
+def _of_activations(flow: Flow, one: Side, other: Side) -> Labels | None:
     """Two activations: what is summed over is bound, and so are the columns of each matrix of values."""
-    left = flow.merge(left, [2])
-    if right is not None:
-        right = flow.merge(right, [1] if left is None else [1, 2])
+    left = flow.merge(one.labels, [2])
+    right = flow.merge(other.labels, [1] if left is None else [1, 2])
     rows = left is not None and left.shape[1] > 1
-    cols = right is not None and right.shape[2] > 1
-    sides = [Operand(left, (False, rows, False)), Operand(right, (False, False, cols))]
-    made = flow.combine([side for side in sides if side.labels is not None], 3)
+    columns = right is not None and right.shape[2] > 1
+    sides = [Operand(left, (one.has_batch, rows, False)), Operand(right, (other.has_batch, False, columns))]
+    made = flow.combine(sides, 3)
     if left is not None and right is not None and made is not None:
         flow.heads.append(made)
     return made
@@ -211,9 +228,8 @@ def _with_bias(flow: Flow, labels: Labels | None, bias: Ref, out: Ref) -> Labels
                 flow.whole(labels)
                 return None
             return labels
-        constant = bias.storage in flow.memory.constant
-        other = Operand(flow.memory.labels(bias), (False,) * len(bias.size) if constant else full_dims(bias))
-        mine = Operand(labels, full_dims(out) if labels is not None else (False,) * rank)
+        other = Operand(flow.memory.labels(bias), flow.memory.full(bias))
+        mine = Operand(labels, flow.memory.full(out) if labels is not None else (False,) * rank)
         return flow.combine([mine, other], rank)
     if labels is not None and (labels < 0).any():
         flow.memory.fix(candidates)
@@ -224,6 +240,5 @@ def _with_bias(flow: Flow, labels: Labels | None, bias: Ref, out: Ref) -> Labels
     if labels is None:
         flow.memory.fix(candidates)
         return None
-    adopted = flow.adopt(candidates, labels)
-    full = full_dims(bias)
-    return flow.combine([Operand(labels, full_dims(out)), Operand(adopted, full)], len(out.size))
+    sides = [Operand(labels, flow.memory.full(out)), Operand(flow.adopt(candidates, labels), flow.memory.full(bias))]
+    return flow.combine(sides, len(out.size))

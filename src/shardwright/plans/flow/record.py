@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.trace = trace
         self.stack: list[int] = []
         self._numbers: dict[tuple[int, int], int] = {}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwright.plans.flow.atoms import Atoms, Labels
-from shardwright.plans.flow.memory import Memory, Root, thin
+from shardwright.plans.flow.memory import Memory, Origin, Root, thin
 from shardwright.plans.flow.record import Ref, Trace
 
 Fixed = dict[tuple[str, int], Labels]
@@ -27,11 +27,13 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """A product that sums over what ranks hold parts of: each has a partial sum, which is added up when a module ends."""
+    """A product that sums over what ranks hold parts of: each has a partial sum, to be added up when a module ends."""
 
     call: int
     """The module call at whose end the sum is due."""
     labels: Labels
+    origin: Origin | None
+    """The rows of the weight."""
 
 
 class Flow:
@@ -68,7 +70,7 @@ class Flow:
             self._plant(name, ref, fixed)
 
     def _plant(self, name: str, ref: Ref, fixed: Fixed) -> None:
-        candidates = []
+        candidates, origins = [], []
         for dim, size in enumerate(ref.size):
             if size < 2:
                 continue
@@ -76,8 +78,9 @@ class Flow:
             self.axes.append(axis)
             if (flags := fixed.get((name, dim))) is not None:
                 self.atoms.bind(axis.atoms[flags], np.zeros(1, dtype=np.int64))
+            origins.append((name, dim))
             candidates.append(axis.atoms.reshape([size if other == dim else 1 for other in range(len(ref.size))]))
-        self.memory.roots[ref.storage] = Root(ref, tuple(candidates))
+        self.memory.roots[ref.storage] = Root(ref, tuple(candidates), tuple(origins))
 
     def fixed(self) -> Fixed:
         """What every rank turned out to have."""
@@ -201,8 +204,3 @@ def _repeated(values: Labels) -> NDArray[np.bool_]:
     """Which values occur more than once."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     return count[place.ravel()] > 1
-
-
-def full_dims(ref: Ref) -> tuple[bool, ...]:
-    """For each dimension of a tensor, whether it has elements of its own there."""
-    return tuple(size > 1 and stride != 0 for size, stride in zip(ref.size, ref.stride, strict=True))
