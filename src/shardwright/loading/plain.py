@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from shardwright.errors import CheckpointError
 from shardwright.loading.complete import check_filled, check_names, check_shapes, some
+from shardwright.loading.lazy import lazy
+from shardwright.loading.part import take_part
+from shardwright.plans.slices import ShardSlice
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +34,16 @@ class Place:
 
 
 @torch.no_grad()
-def fill_plain(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
+def fill_plain(module: nn.Module, tensors: dict[str, Any], path: Path, *, part: ShardSlice | None = None) -> None:
     """Load tensors into a module, each in the type that the module has for it.
 
     Buffers that the checkpoint lacks keep what the module's code put into them.
 
     Args:
-        module: changed in place.
+        module: changed in place; cut, if `part` is given.
         tensors: of the checkpoint, by name.
         path: of the checkpoint, for what is said of it.
+        part: what this rank holds of the module, the only thing that is read.
 
     Raises: CheckpointError naming weights that are missing, unexpected, of the wrong shape or contradictory.
     """
@@ -63,11 +67,12 @@ def fill_plain(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
         logger.warning("%s: not in the checkpoint, kept as the model's code computes them: %s", path, some(kept))
     mismatched = []
     for place, present in found:
-        value = _read(tensors, present, path)
-        if value.shape == place.tensor.shape:
+        whole = lazy(tensors[present[0]])
+        expected = place.tensor.shape if part is None else part.whole_shape(place.names[0]) or place.tensor.shape
+        if whole.shape != expected:
+            mismatched.append((present[0], whole.shape, torch.Size(expected)))
+        elif (value := _read(tensors, present, path, place, part)) is not None:
             put(module, place, value)
-        else:
-            mismatched.append((present[0], value.shape, place.tensor.shape))
     check_shapes(path, mismatched)
     check_filled(module, path)
 
@@ -98,11 +103,18 @@ def put(module: nn.Module, place: Place, value: Tensor) -> None:
         setattr(module.get_submodule(owner), leaf, new)
 
 
-def _read(tensors: dict[str, Any], names: list[str], path: Path) -> Tensor:
-    """The value that a checkpoint has under one or several names of the same tensor."""
-    value: Tensor = tensors[names[0]][...]
-    for other in names[1:]:
-        if not torch.equal(value, tensors[other][...]):
+def _read(
+    tensors: dict[str, Any], names: list[str], path: Path, place: Place, part: ShardSlice | None
+) -> Tensor | None:
+    """The value that a checkpoint has under one or several names of the same tensor; None if this rank needs none."""
+
+    def value_of(name: str) -> Tensor | None:
+        return lazy(tensors[name]).whole() if part is None else take_part(place.names[0], lazy(tensors[name]), part)
+
+    value = value_of(names[0])
+    for other in names[1:] if value is not None else ():
+        again = value_of(other)
+        if again is None or value is None or not torch.equal(value, again):
             raise CheckpointError(
                 f"{path} has different values for {names[0]} and {other}, which are one tensor in the model's code"
             )

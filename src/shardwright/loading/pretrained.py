@@ -20,24 +20,37 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from shardwright.errors import CheckpointError
 from shardwright.loading.complete import check_filled, check_names, check_shapes, some
+from shardwright.loading.lazy import lazy
+from shardwright.loading.part import PartTarget
+from shardwright.plans.slices import ShardSlice
 
 logger = logging.getLogger(__name__)
 
 
 def fill_pretrained(
-    model: PreTrainedModel, tensors: dict[str, Any], path: Path, dtype: torch.dtype, *, is_part: bool
+    model: PreTrainedModel,
+    tensors: dict[str, Any],
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    is_part: bool,
+    part: ShardSlice | None = None,
 ) -> None:
     """Load tensors into a model whose parameters are on "meta".
 
     Args:
-        model: changed in place.
+        model: changed in place; cut, if `part` is given.
         tensors: of the checkpoint, by name.
         path: of the checkpoint, for what is said of it.
         dtype: of floating-point weights, but for those that the model keeps in float32.
         is_part: the checkpoint holds more than this model.
+        part: what this rank holds of it, the only thing that is read.
 
     Raises: CheckpointError naming weights that are missing, unexpected or of the wrong shape.
     """
+    target: Any = model
+    if part is not None:
+        target, tensors = PartTarget(model, part), {name: lazy(stored) for name, stored in tensors.items()}
     mapping: list[Any] = get_model_conversion_mapping(model)
     options = LoadStateDictConfig(
         pretrained_model_name_or_path=str(path),
@@ -45,7 +58,7 @@ def fill_pretrained(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=mapping,
     )
-    info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=tensors, load_config=options)
+    info, _ = convert_and_load_state_dict_in_model(model=target, state_dict=tensors, load_config=options)
     if info.conversion_errors:
         name, error = next(iter(info.conversion_errors.items()))
         raise CheckpointError(f"weights of {path} cannot be converted, first {name}: {error.strip().splitlines()[-1]}")

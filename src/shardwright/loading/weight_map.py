@@ -56,8 +56,12 @@ class Merged:
         try:
             return torch.cat(pieces, self.dim)[index]
         except (RuntimeError, IndexError) as exc:
-            shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
-            raise CheckpointError(f"{self.name} cannot be joined of {shapes} along dimension {self.dim}") from exc
+            raise self.misfit([tuple(piece.shape) for piece in pieces]) from exc
+
+    def misfit(self, shapes: Sequence[tuple[int, ...]]) -> CheckpointError:
+        """The error for pieces of these shapes."""
+        found = ", ".join(map(str, shapes))
+        return CheckpointError(f"{self.name} cannot be joined of {found} along dimension {self.dim}")
 
 
 @dataclass(frozen=True, slots=True)

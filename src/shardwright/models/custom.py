@@ -11,11 +11,11 @@ Code that cannot run on "meta", or keeps tensors there that are no parameters, i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from shardwright.models.build import parameters_on_meta
 from shardwright.models.factory import INFO_KEYS, Factory, Made, folder_factory, named_factory
 from shardwright.models.registry import Registration, registered
 from shardwright.models.resolve import FACTORY_FILE, has_factory, has_no_directory, resolve_model
+
+if TYPE_CHECKING:
+    from shardwright.plans.slices import ShardSlice
 
 logger = logging.getLogger(__name__)
 
@@ -91,20 +94,35 @@ class CustomModel:
         found = found or next(own, torch.float32)
         return found if found in _DTYPES else torch.float32
 
-    def load(self, dtype: torch.dtype, *, dummy: bool = False) -> nn.Module:
+    def load(
+        self, dtype: torch.dtype, *, dummy: bool = False, cut: Callable[[nn.Module], ShardSlice] | None = None
+    ) -> nn.Module:
         """The module with its weights, or with random ones where it has none, for inference.
 
         Buffers are cast along, as `module.to(dtype)` does; complex ones and whole numbers are left alone.
 
-        Raises: what `make` raises; CheckpointError if the checkpoint does not fit.
+        Args:
+            dtype: of floating-point parameters and buffers.
+            dummy: random weights.
+            cut: makes the whole module one rank's part of it, in place, and says what that is.
+
+        Raises: what `make` raises; CheckpointError if the checkpoint does not fit; what `cut` raises.
         """
         made = self.make(dummy=dummy)
         module = cast_floats(made.module, dtype)
+        part = None if cut is None else cut(module)
         if dummy:
-            load_dummy_weights(module)
+            load_dummy_weights(module, part=part)
         elif not made.is_filled:
             assert self.weights is not None
-            load_weights(module, self.weights, dtype, load_format=self.options.load_format, weight_map=self.weight_map)
+            load_weights(
+                module,
+                self.weights,
+                dtype,
+                load_format=self.options.load_format,
+                weight_map=self.weight_map,
+                part=part,
+            )
         return module.eval().requires_grad_(False)
 
     def facts(self, made: Made) -> dict[str, Any]:

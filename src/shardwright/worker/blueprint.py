@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from shardwright.loading.load import load_dummy_weights, load_weights
 from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
 from shardwright.models.custom import CustomModel, cast_floats, find_custom
 from shardwright.models.resolve import home_directory, resolve_model
+from shardwright.plans.slices import ShardSlice
 from shardwright.worker.ladder import climb
 from shardwright.worker.step import StepModel
 
@@ -83,17 +85,26 @@ class Blueprint:
         module.tie_weights(recompute_mapping=False)
         return module
 
-    def load(self, *, dummy: bool = False) -> nn.Module:
+    def load(self, *, dummy: bool = False, cut: Callable[[nn.Module], ShardSlice] | None = None) -> nn.Module:
         """The module with its weights, or with random ones, for inference on the CPU.
 
-        Raises: UnsupportedModelError if its code fails; CheckpointError if the weights do not fit.
+        Args:
+            dummy: random weights.
+            cut: is given the whole module, on "meta" unless a factory fills it, makes it this rank's part of it, in
+                place, and says what that is; only this part is loaded.
+
+        Raises: UnsupportedModelError if its code fails; CheckpointError if the weights do not fit; what `cut` raises.
         """
         if self.custom is not None:
-            return self.custom.load(self.dtype, dummy=dummy)
+            return self.custom.load(self.dtype, dummy=dummy, cut=cut)
         assert self.path is not None
         module = build_module(self.config, self.dtype, trust_remote_code=self.options.trust_remote_code)
+        part = None
+        if cut is not None:
+            module.tie_weights(recompute_mapping=False)  # what is one tensor is cut once
+            part = cut(module)
         if dummy:
-            load_dummy_weights(module)
+            load_dummy_weights(module, part=part)
         else:
             load_weights(
                 module,
@@ -102,6 +113,7 @@ class Blueprint:
                 is_part=type(module.config) is not type(self.config),
                 load_format=self.options.load_format,
                 weight_map=self.options.weight_map,
+                part=part,
             )
         return module.requires_grad_(False)
 
