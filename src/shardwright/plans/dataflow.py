@@ -68,8 +68,8 @@ class ModuleCall:
     name: str
     given: Any
     returned: Any
-    node: int | None
-    """Its output; None if that is no single tensor."""
+    nodes: tuple[int, ...]
+    """Tensors in its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,8 @@ class Dataflow:
     """By every name that one has."""
     calls: Sequence[LayerCall]
     modules: Sequence[ModuleCall]
+    start: int
+    """The first node that came after the call of the first layer."""
     logits: tuple[int, ...]
     """What the output is computed from."""
     gives_last_alone: bool
@@ -130,6 +132,7 @@ class _Tracer(TorchDispatchMode):
         self._of_tensor: Any = WeakTensorKeyDictionary()
         self._written: dict[int, int] = {}  # storage to what was last written into it in place
         self._running: int | None = None
+        self._start: int | None = None
         self._paused = False
         self.parameters: dict[str, int] = {}
         self._held: set[int] = {id(tensor) for tensor in self.module.buffers()}
@@ -164,6 +167,7 @@ class _Tracer(TorchDispatchMode):
             parameters=self.parameters,
             calls=self.calls,
             modules=self.modules,
+            start=self._start or 0,
             logits=tuple(sorted({node for tensor in logits for node in self._nodes_of(tensor)})),
             gives_last_alone=bool(logits) and logits[0].ndim > 1 and logits[0].shape[-2] == 1,
             writes_between=self.writes_between,
@@ -200,6 +204,7 @@ class _Tracer(TorchDispatchMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._running is not None:
                 raise PlanError(f"{self.layers[index]} runs inside of {self.layers[self._running]}")
+            self._start = len(self.nodes) if self._start is None else self._start
             given = (args, kwargs)
             template, arguments = _template(given), self._take_arguments(given)
             self._running = index
@@ -220,10 +225,12 @@ class _Tracer(TorchDispatchMode):
             template = _template((args, kwargs))
             output = forward(*args, **kwargs)
             if self._running is None:
-                node = None
-                if isinstance(output, Tensor):
-                    node = self._of_tensor[output] = self._node(self._nodes_of(output))
-                self.modules.append(ModuleCall(name, template, _template(output), node))
+                nodes = []
+                for _, tensor in tensors_with_paths(output):
+                    nodes.append(self._node(self._nodes_of(tensor)))
+                    if id(tensor) not in self._held:
+                        self._of_tensor[tensor] = nodes[-1]
+                self.modules.append(ModuleCall(name, template, _template(output), tuple(nodes)))
             return output
 
         return run

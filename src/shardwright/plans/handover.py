@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 
 from shardwright.errors import PlanError
 from shardwright.plans.dataflow import Dataflow
-from shardwright.plans.nested import Path
+from shardwright.plans.nested import Form, Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,35 @@ def uncuttable(flow: Dataflow) -> frozenset[int]:
     """Numbers of layers with which no stage may begin: it would need what earlier layers made, and its first layer is
     not given that.
     """
-    everything = frozenset(flow.parameters)
-    last = len(flow.layers)
-    return frozenset(first for first in range(1, last) if _View(flow, first, last, everything).handover() is None)
+    needed = _reaching(flow)
+    latest: list[float] = []  # per node, the last layer with which a stage may begin that uses it
+    found: set[int] = set()
+    leaves = {argument.node: k for k, call in enumerate(flow.calls) for argument in call.arguments.values()}
+    for number, node in enumerate(flow.nodes):
+        oldest = min((latest[parent] for parent in node.parents), default=inf)
+        user = leaves.get(number, node.layer)
+        if user is None or oldest >= user:
+            latest.append(oldest if node.layer is None else min(oldest, node.layer))
+            continue
+        if needed[number]:  # an argument can be handed over where its layer begins a stage
+            found.update(range(int(oldest) + 1, user if number in leaves else user + 1))
+        latest.append(user)
+    behind = min((latest[number] for number in flow.logits), default=inf)
+    if behind < len(flow.layers):
+        found.update(range(int(behind) + 1, len(flow.layers)))
+    return frozenset(found)
+
+
+def _reaching(flow: Dataflow) -> list[bool]:
+    """Per node, whether a layer, or the logits, are computed from it."""
+    reaching = [node.layer is not None for node in flow.nodes]
+    for number in flow.logits:
+        reaching[number] = True
+    for number in range(len(flow.nodes) - 1, -1, -1):
+        if reaching[number]:
+            for parent in flow.nodes[number].parents:
+                reaching[parent] = True
+    return reaching
 
 
 def handover(flow: Dataflow, first: int, last: int, held: Collection[str]) -> Handover:
@@ -48,6 +75,15 @@ def handover(flow: Dataflow, first: int, last: int, held: Collection[str]) -> Ha
     return found
 
 
+def needed_parameters(flow: Dataflow, first: int, last: int) -> frozenset[str]:
+    """Names of the parameters that the stage of layers `first` to `last` (not included) must hold: those that it
+    computes with once it is given what it can be.
+    """
+    everything = frozenset(flow.parameters)
+    before = _View(flow, 0, first, everything).needed_parameters() if first > 0 else frozenset()
+    return _View(flow, first, last, everything - before).needed_parameters()
+
+
 class _View:
     """The dataflow as one stage sees it.
 
@@ -63,7 +99,11 @@ class _View:
         self._last = last
         ours = {node for name, node in flow.parameters.items() if name in held}
         self._missing = set(flow.parameters.values()) - ours
-        self._calls = {call.node: call.name for call in flow.modules if call.node is not None}
+        self._calls = {
+            call.nodes[0]: call.name
+            for call in flow.modules
+            if isinstance(call.returned, Form) and call.nodes[0] < flow.start
+        }
         self._owners = {name.rpartition(".")[0] for name, node in flow.parameters.items() if node in self._missing}
         self._given: set[int] = set()
 
@@ -77,9 +117,15 @@ class _View:
         if self._first_lost() is not None:
             return None
         needed = self._needed(self._last)
-        used = {call.name for call in self._flow.modules if call.node is not None and needed[call.node]}
+        used = {call.name for call in self._flow.modules if any(needed[node] for node in call.nodes)}
         idle = frozenset(call.name for call in self._flow.modules) - used - frozenset(modules)
         return Handover(tuple(taken), modules, idle)
+
+    def needed_parameters(self) -> frozenset[str]:
+        """Names of parameters, held or not, that the stage computes with."""
+        self.handover()
+        needed = self._needed(self._last)
+        return frozenset(name for name, node in self._flow.parameters.items() if needed[node])
 
     def complaint(self) -> str:
         """What cannot be handed over."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def with_tensors(template: Any, value: Any, tensors: Mapping[Path, Tensor], path
             return value
         return tensors[path]
     if isinstance(template, Mapping):
-        filled = value if isinstance(value, dict) else {}
+        filled = value if isinstance(value, MutableMapping) else {}
         for key, item in template.items():
             part = with_tensors(item, filled.get(key), tensors, (*path, key))
             if part is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from shardwright.errors import PlanError
+from shardwright.plans.dataflow import trace_dataflow
+from shardwright.plans.handover import needed_parameters, uncuttable
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.stack import LayerStack, find_stack, stack_in
 from shardwright.plans.table import ParameterRow, Stage
@@ -38,7 +40,7 @@ def assign_stages(
     """Cut the layers into stages, and say of every parameter which of them hold it.
 
     What the plan's pipeline names before the layers goes to the first stage, what it names after them to the last;
-    what it does not name at all is held by every stage.
+    what it does not name at all is held by the stages that compute with it.
 
     Returns: stages, and the rows with theirs.
     Raises: PlanError.
@@ -47,33 +49,38 @@ def assign_stages(
     if pp == 1:
         return (Stage(index=0, modules=names, layers=()),), list(rows)
     stack = layer_stack(module, plan)
-    before, after = _around(plan, stack)
+    before, after = _around(module, plan, stack)
+    flow = trace_dataflow(module, stack.layers)
+    num = len(stack.layers)
     weights = [_bytes_below(rows, layer) for layer in stack.layers]
-    head = sum(_bytes_below(rows, name) for name in before)
-    tail = sum(_bytes_below(rows, name) for name in after)
+    head = _bytes_outside(rows, stack, needed_parameters(flow, 0, 1))
+    tail = _bytes_outside(rows, stack, needed_parameters(flow, num - 1, num))
     counts = (
         list(pp_split)
         if pp_split is not None
-        else balance(weights, pp, first=head, last=tail, forbidden=_uncuttable(module, stack, plan))
+        else balance(weights, pp, first=head, last=tail, forbidden=_unsplit(module, stack, plan) | uncuttable(flow))
     )
     if len(counts) != pp or sum(counts) != len(stack.layers) or min(counts) < 1:
         raise PlanError(
             f"pp split {','.join(map(str, counts))} does not deal {len(stack.layers)} layers to {pp} stages of at "
             "least one"
         )
-    stages, stage_of, first = [], {}, 0
+    stages, stage_of, needs, first = [], {}, [], 0
     for index, count in enumerate(counts):
         layers = stack.layers[first : first + count]
         stage_of.update(dict.fromkeys(layers, index))
         edge_before, edge_after = before if index == 0 else (), after if index == pp - 1 else ()
         stages.append(Stage(index=index, modules=(*edge_before, *layers, *edge_after), layers=layers))
+        needs.append(needed_parameters(flow, first, first + count))
         first += count
     stage_of |= dict.fromkeys(before, 0) | dict.fromkeys(after, pp - 1)
-    everywhere = tuple(range(pp))
     placed = []
     for row in rows:
-        homes = {home for name in (row.name, *row.aliases) for home in [_home(name, stage_of)] if home is not None}
-        placed.append(replace(row, stages=tuple(sorted(homes)) or everywhere))
+        found = [_home(name, stage_of) for name in (row.name, *row.aliases)]
+        homes = {home for home in found if home is not None}
+        if None in found:
+            homes |= {stage for stage, names in enumerate(needs) if row.name in names}
+        placed.append(replace(row, stages=tuple(sorted(homes)) or (0,)))
     return tuple(stages), placed
 
 
@@ -119,16 +126,20 @@ def balance(
     return counts[::-1]
 
 
-def _around(plan: ParallelPlan, stack: LayerStack) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Entries of the plan before and after the layers."""
+def _around(module: nn.Module, plan: ParallelPlan, stack: LayerStack) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Entries of the plan before and after the layers; in the order of the model's code if it does not name these."""
     names = list(plan.pp)
-    place = next(
-        (i for i, name in enumerate(names) if stack.layers[0].startswith(name) or name == stack.container), len(names)
+    for i, name in enumerate(names):
+        if stack.layers[0].startswith(name) or name == stack.container:
+            return tuple(names[:i]), tuple(names[i + 1 :])
+    order = {name: i for i, (name, _) in enumerate(module.named_modules())}
+    first = order[stack.layers[0]]
+    return tuple(n for n in names if order.get(n, first) < first), tuple(
+        n for n in names if order.get(n, first) > first
     )
-    return tuple(names[:place]), tuple(names[place + 1 :])
 
 
-def _uncuttable(module: nn.Module, stack: LayerStack, plan: ParallelPlan) -> frozenset[int]:
+def _unsplit(module: nn.Module, stack: LayerStack, plan: ParallelPlan) -> frozenset[int]:
     """Numbers of layers that share an instance of a no-split class with the layer before them."""
 
     def guardians(layer: str) -> set[str]:
@@ -144,6 +155,12 @@ def _bytes_below(rows: Sequence[ParameterRow], name: str) -> int:
     return sum(
         row.local_bytes(0) for row in rows if _is_below(row.name, name) or any(_is_below(a, name) for a in row.aliases)
     )
+
+
+def _bytes_outside(rows: Sequence[ParameterRow], stack: LayerStack, names: Collection[str]) -> int:
+    """Bytes of parameters that are in no layer."""
+    within = tuple(f"{layer}." for layer in stack.layers)
+    return sum(row.local_bytes(0) for row in rows if row.name in names and not row.name.startswith(within))
 
 
 def _is_below(name: str, module: str) -> bool:
