@@ -1,21 +1,21 @@
-"""AsyncLLM: streams for asyncio programs, with the engine core in a process of its own."""
+"""AsyncLLM: streams for asyncio programs, with the engine's cores in processes of their own."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
 from shardwright.config import EngineConfig
-from shardwright.engine.client import CoreClient
 from shardwright.engine.cumulative_output import CumulativeOutput
 from shardwright.engine.frontend import Frontend, load_frontend_tokenizer
 from shardwright.engine.input_processor import Prompt
-from shardwright.engine.messages import Abort, Add, EngineInfo, Pool, PoolingOutput, ResetPrefixCache, SchedulerStats
+from shardwright.engine.messages import EngineInfo, EngineOutputs, SchedulerStats
 from shardwright.engine.output_processor import ProcessedOutputs
 from shardwright.engine.pooling_frontend import PoolingFrontend, PoolingJob
+from shardwright.engine.receiver import Receiver
+from shardwright.engine.replicas import Replicas
 from shardwright.errors import EngineDeadError, ShardwrightError
 from shardwright.models.tokenizer import Tokenizer
 from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput
@@ -39,7 +39,7 @@ class AsyncLLM:
         model: a directory, a hub id, `package.module:factory`, a name from `register_model`, or `smollm2-135m`.
         options: the engine's options, named as the CLI's flags with underscores (see `shardwright.config`).
 
-    Raises: UsageError for models, weights and options that do not work; EngineDeadError if the core died at start.
+    Raises: UsageError for models, weights and options that do not work; EngineDeadError if a core died at start.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -54,19 +54,18 @@ class AsyncLLM:
 
     def _start(self, config: EngineConfig) -> None:
         self.config = config
-        self.stats = SchedulerStats()
         self._streams: dict[str, _Stream] = {}
         self._futures: dict[str, asyncio.Future[bytes]] = {}
-        self._receiver: asyncio.Task[None] | None = None
         self._error: ShardwrightError | None = None
-        self._client = CoreClient(config)
+        self._cores = Replicas(config)
+        self._receiver = Receiver(self._cores, take=self._take, fail=self._fail)
         try:
-            tokenizer = load_frontend_tokenizer(config)  # while the core loads the model
-            self.info: EngineInfo = self._client.wait_until_ready()
+            tokenizer = load_frontend_tokenizer(config)  # while the cores load the model
+            self.info: EngineInfo = self._cores.wait_until_ready()
             self._frontend = Frontend(tokenizer, self.info)
             self._pooling = PoolingFrontend(tokenizer, self.info)
         except BaseException:
-            self._client.close()
+            self._cores.close()
             raise
 
     @property
@@ -74,9 +73,19 @@ class AsyncLLM:
         return self._frontend.tokenizer
 
     @property
+    def stats(self) -> SchedulerStats:
+        """State of the scheduler after the latest step; sums, where there are several."""
+        return self._cores.stats
+
+    @property
+    def replica_stats(self) -> list[tuple[SchedulerStats, bool]]:
+        """Per replica, the state of its scheduler, and whether it takes requests."""
+        return self._cores.states
+
+    @property
     def is_alive(self) -> bool:
-        """Whether the core runs."""
-        return self._error is None and self._client.is_alive
+        """Whether a core runs. One that starts lost ranks anew does: its requests wait, and go on."""
+        return self._error is None and self._cores.is_alive
 
     @property
     def num_unfinished(self) -> int:
@@ -101,18 +110,18 @@ class AsyncLLM:
             priority: lower runs first, under the priority policy.
             stream: "cumulative" outputs hold all so far; "delta" ones only what is new.
 
-        Raises: RequestError at the first iteration; EngineDeadError when the core is gone.
+        Raises: RequestError at the first iteration; EngineDeadError when no core is left.
         """
         if self._error is not None:
             raise self._error
-        self._receive_in_background()
+        self._receiver.start()
         submission = self._frontend.submit(prompt, sampling_params, request_id=request_id, priority=priority)
         own = self._streams[submission.request_id] = _Stream([s.request_id for s in submission.sequences])
         cumulative = CumulativeOutput() if stream == "cumulative" else None
         is_finished = False
         try:
             for sequence in submission.sequences:
-                self._client.send(Add(sequence))
+                self._cores.add(sequence)
             while not is_finished:
                 item = await own.queue.get()
                 if isinstance(item, ShardwrightError):
@@ -143,7 +152,7 @@ class AsyncLLM:
             truncate_prompt_tokens: read the beginning of longer texts; -1: as much as the model reads.
 
         Returns: one output per text, in order.
-        Raises: RequestError if the model does not embed or a text is wrong; EngineDeadError when the core is gone.
+        Raises: RequestError if the model does not embed or a text is wrong; EngineDeadError when no core is left.
         """
         job = self._pooling.embed(prompts, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens)
         return await self._pool(job)
@@ -157,12 +166,12 @@ class AsyncLLM:
     async def _pool(self, job: PoolingJob[PoolingResult]) -> list[PoolingResult]:
         if self._error is not None:
             raise self._error
-        self._receive_in_background()
+        self._receiver.start()
         loop = asyncio.get_running_loop()
         futures: dict[str, asyncio.Future[bytes]] = {one.request_id: loop.create_future() for one in job.requests}
         self._futures |= futures
         try:
-            self._client.send(Pool(job.requests))
+            self._cores.pool(job.requests)
             values = await asyncio.gather(*futures.values())
             return job.outputs(dict(zip(futures, values, strict=True)))
         finally:
@@ -179,50 +188,28 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached prefixes."""
-        self._client.send(ResetPrefixCache())
+        self._cores.reset_prefix_cache()
 
     def close(self) -> None:
-        """End the core process. Running streams end with EngineDeadError."""
+        """End the core processes. Running streams end with EngineDeadError."""
         self._fail(EngineDeadError("the engine was closed"))
-        if self._receiver is not None and not self._receiver.get_loop().is_closed():
-            with contextlib.suppress(RuntimeError):
-                self._receiver.get_loop().remove_reader(self._client.sentinel)
-            self._receiver.cancel()
-        self._client.close()
+        self._receiver.close()
+        self._cores.close()
 
-    def _receive_in_background(self) -> None:
-        if self._receiver is None:
-            loop = asyncio.get_running_loop()
-            self._receiver = loop.create_task(self._receive(), name="shardwright-receiver")
-            loop.add_reader(self._client.sentinel, self._core_died)
-
-    async def _receive(self) -> None:
-        """Hand out what steps bring, until the core fails."""
-        try:
-            while True:
-                outputs = await self._client.receive()
-                self.stats = outputs.stats
-                processed = self._frontend.process(outputs)
-                self._abort_in_core(processed.abort_ids)
-                self._hand_out(processed)
-                self._hand_out_pooled(outputs.pooled)
-        except ShardwrightError as exc:
-            self._fail(exc)
-
-    def _hand_out_pooled(self, pooled: list[PoolingOutput]) -> None:
-        for output in pooled:
-            future = self._futures.get(output.request_id)
+    def _take(self, outputs: EngineOutputs) -> None:
+        """Hand out what a step brought."""
+        processed = self._frontend.process(outputs)
+        self._abort_in_core(processed.abort_ids)
+        self._hand_out(processed)
+        for pooled in outputs.pooled:
+            future = self._futures.get(pooled.request_id)
             if future is not None and not future.done():
-                future.set_result(output.values)
+                future.set_result(pooled.values)
 
     def _hand_out(self, processed: ProcessedOutputs) -> None:
         for output in processed.request_outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
                 stream.queue.put_nowait(output)
-
-    def _core_died(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._client.sentinel)
-        self._fail(EngineDeadError(self._client.obituary()))
 
     def _fail(self, error: ShardwrightError) -> None:
         """Tell everyone, once, that nothing more will come."""
@@ -236,4 +223,4 @@ class AsyncLLM:
 
     def _abort_in_core(self, sequence_ids: list[str]) -> None:
         if sequence_ids and self._error is None:
-            self._client.send(Abort(sequence_ids))
+            self._cores.abort(sequence_ids)

@@ -1,4 +1,4 @@
-"""LLM: offline generation and embedding, with the engine core in this process."""
+"""LLM: offline generation and embedding, with the engine core in this process, or several of them in others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shardwright.engine.input_processor import Prompt, as_prompts
 from shardwright.engine.messages import EngineInfo, SchedulerStats
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.engine.pooling_frontend import PoolingFrontend, PoolingJob
-from shardwright.engine.start import Core, start_core
+from shardwright.engine.remote_core import RemoteCore
+from shardwright.engine.start import Core, open_core
 from shardwright.engine.tasks import check_task
 from shardwright.errors import EngineDeadError, RequestError
 from shardwright.models.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         self.config = config
         tokenizer = load_frontend_tokenizer(config)
-        self._core: Core | None = start_core(config)
+        self._core: Core | RemoteCore | None = open_core(config)
         self.info: EngineInfo = self._core.info
         self._frontend = Frontend(tokenizer, self.info)
         self._pooling = PoolingFrontend(tokenizer, self.info)
@@ -128,7 +129,7 @@ class LLM:
         """
         check_task(self.info, "generate")
         core = self._live_core
-        assert isinstance(core, EngineCore)
+        assert not isinstance(core, PoolingCore)
         prompts = as_prompts(prompts)
         params = _for_each(sampling_params, len(prompts))
         index_of: dict[str, int] = {}
@@ -211,7 +212,7 @@ class LLM:
 
     def _pool(self, job: PoolingJob[PoolingResult], *, use_tqdm: bool) -> list[PoolingResult]:
         core = self._live_core
-        assert isinstance(core, PoolingCore)
+        assert not isinstance(core, EngineCore)
         values: dict[str, bytes] = {}
         try:
             for request in job.requests:
@@ -245,7 +246,7 @@ class LLM:
         self.close()
 
     @property
-    def _live_core(self) -> Core:
+    def _live_core(self) -> Core | RemoteCore:
         if self._core is None:
             raise EngineDeadError("the engine is closed: make a new LLM")
         return self._core

@@ -22,8 +22,9 @@ import zmq.asyncio
 
 from shardwright import errors
 from shardwright.config import EngineConfig
-from shardwright.engine.messages import Command, EngineInfo, EngineOutputs, Event, Failed, Outputs, Ready, Shutdown
+from shardwright.engine.messages import Command, EngineInfo, Event, Failed, Ready, Shutdown
 from shardwright.engine.process import run_core_process
+from shardwright.engine.share import changed_environment
 from shardwright.errors import EngineDeadError, ShardwrightError
 from shardwright.models.registry import portable
 
@@ -39,9 +40,10 @@ class CoreClient:
 
     Args:
         config: of the engine.
+        environment: variables for the process, beside those of this one.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, environment: dict[str, str] | None = None) -> None:
         registration = portable(config.model.model)
         self._directory = Path(tempfile.mkdtemp(prefix="shardwright-"))
         self._context = zmq.Context()
@@ -58,7 +60,8 @@ class CoreClient:
             name="shardwright-core",
             daemon=True,
         )
-        self._process.start()
+        with changed_environment(environment or {}):
+            self._process.start()
 
     @property
     def is_alive(self) -> bool:
@@ -69,6 +72,11 @@ class CoreClient:
         """A file descriptor that becomes readable when the process ends."""
         return self._process.sentinel
 
+    @property
+    def events(self) -> zmq.Socket[bytes]:
+        """For a zmq.Poller: readable when `receive_now` has something."""
+        return self._events
+
     def wait_until_ready(self) -> EngineInfo:
         """Block until the core has loaded its model.
 
@@ -77,11 +85,11 @@ class CoreClient:
         while not self._events.poll(START_POLL_MS):
             if not self._process.is_alive() and not self._events.poll(0):
                 raise EngineDeadError(self.obituary())
-        event = self._decoder.decode(self._events.recv())
-        if isinstance(event, Ready):
-            return event.info
-        assert isinstance(event, Failed)
-        raise _as_error(event)
+        event = self.receive_now()
+        if isinstance(event, Failed):
+            raise as_error(event)
+        assert isinstance(event, Ready)
+        return event.info
 
     def send(self, command: Command) -> None:
         """Queue a command; the core takes it before its next step. Raises EngineDeadError after `close`."""
@@ -89,15 +97,13 @@ class CoreClient:
             raise EngineDeadError("the engine is closed")
         self._commands.send(self._encoder.encode(command))
 
-    async def receive(self) -> EngineOutputs:
-        """What the next step brings. Raises what made the core fail; waits for ever if its process died (see
-        `sentinel`).
-        """
-        event = self._decoder.decode(await self._async_events.recv())
-        if isinstance(event, Failed):
-            raise _as_error(event)
-        assert isinstance(event, Outputs)
-        return event.outputs
+    async def receive(self) -> Event:
+        """The next event. Waits for ever if the process died (see `sentinel`)."""
+        return self._decoder.decode(await self._async_events.recv())
+
+    def receive_now(self) -> Event:
+        """The next event, which must have come (see `events`)."""
+        return self._decoder.decode(self._events.recv())
 
     def obituary(self) -> str:
         """Why the process is gone."""
@@ -107,11 +113,15 @@ class CoreClient:
         hint = "; was memory short? try a smaller --kv-cache-memory-bytes" if code == -9 else ""
         return f"the engine core process ended ({reason}){hint}"
 
-    def close(self) -> None:
-        """End the core process, gently first. May be called twice."""
+    def close(self, *, gently: bool = True) -> None:
+        """End the core process. May be called twice.
+
+        Args:
+            gently: let it end by itself first, if it does so soon.
+        """
         if self._is_closed:
             return
-        if self._process.is_alive():
+        if gently and self._process.is_alive():
             self.send(Shutdown())
             self._process.join(STOP_TIMEOUT_S)
         if self._process.is_alive():
@@ -132,7 +142,8 @@ class CoreClient:
         return socket
 
 
-def _as_error(event: Failed) -> ShardwrightError:
+def as_error(event: Failed) -> ShardwrightError:
+    """What made a core fail."""
     kind = getattr(errors, event.kind, EngineDeadError)
     error = kind(event.message)
     assert isinstance(error, ShardwrightError)

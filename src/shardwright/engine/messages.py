@@ -5,6 +5,7 @@ Plain msgspec records, never pickled. The front end owns text; the core owns tok
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -94,6 +95,12 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     def kv_cache_usage(self) -> float:
         """Share of blocks held by sequences, from 0 to 1."""
         return 1 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+    @classmethod
+    def total(cls, parts: Iterable[SchedulerStats]) -> SchedulerStats:
+        """The sums over several schedulers."""
+        records = list(parts)
+        return cls(**{name: sum(getattr(one, name) for one in records) for name in cls.__struct_fields__})
 
 
 class EngineOutputs(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
@@ -10,11 +10,23 @@ from shardwright.engine.pooling_core import PoolingCore
 from shardwright.errors import ConfigError
 from shardwright.models.resolve import uses_factory
 
+if TYPE_CHECKING:
+    from shardwright.engine.remote_core import RemoteCore
+
 Core: TypeAlias = EngineCore | PoolingCore
 
 
+def open_core(config: EngineConfig) -> Core | RemoteCore:
+    """What a program steps by itself: a core in this process, or several in others. Raises as `start_core`."""
+    if config.parallel.data_parallel_size == 1:
+        return start_core(config)
+    from shardwright.engine.remote_core import RemoteCore
+
+    return RemoteCore(config)
+
+
 def start_core(config: EngineConfig) -> Core:
-    """A core with its worker in this process. Raises a UsageError for models and options that do not work."""
+    """One core, in this process. Raises a UsageError for models and options that do not work."""
     if uses_factory(config.model):
         if config.model.task not in ("auto", "generate"):
             raise ConfigError(

@@ -7,6 +7,7 @@ from collections import deque
 from shardwright.config import EngineConfig
 from shardwright.parallel.merge import log_start, merge
 from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.placement import Placement
 from shardwright.worker.worker import Worker
 
 
@@ -23,7 +24,7 @@ class InlineExecutor:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._worker = Worker(config)
+        self._worker = Worker(config, Placement(num_local=config.parallel.data_parallel_size))
         merged = merge(config, [self._worker.report])
         self._allocation = merged.allocation
         self._worker.allocate(merged.allocation)

@@ -132,7 +132,8 @@ def placements_of(config: EngineConfig) -> list[Placement]:
     """Where the ranks of an engine stand, all of them on this machine."""
     parallel = config.parallel
     num_ranks, tp, pp = parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    return [Placement(rank=rank, tp=tp, pp=pp, gpu=rank, num_local=num_ranks) for rank in range(num_ranks)]
+    num_local = num_ranks * parallel.data_parallel_size
+    return [Placement(rank=rank, tp=tp, pp=pp, gpu=rank, num_local=num_local) for rank in range(num_ranks)]
 
 
 def start_process(rank: int, num_ranks: int, descriptors: tuple[int, int, int]) -> subprocess.Popen[bytes]:
