@@ -1,8 +1,8 @@
 """What every layer of a model computes from: which parameters, and which other layers, by which arguments.
 
-A copy of the model runs a few tokens on "meta", where it costs nothing whatever its size, and every operation notes
-what it read and what it wrote. So it is known what a layer is given by the layers before it, by the embedding, or by
-nothing but positions, without a name being looked at. Code that looks at values runs with zeros instead.
+A copy of the model runs a few tokens with its parameters on "meta", where it costs nothing whatever its size, and every
+operation notes what it read and what it wrote. So it is known what a layer is given by the layers before it, by the
+embedding, or by nothing but positions, without a name being looked at.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwright.errors import PlanError
 from shardwright.foreign_errors import described
+from shardwright.plans.flow.record import compute
+from shardwright.plans.flow.skeleton import MOST_REAL_BYTES, copied
 from shardwright.plans.nested import Form, Path, rebuilt, tensors_with_paths
-from shardwright.plans.skeleton import skeleton
 
 NUM_TOKENS = 13
 """Of the pass: a number that is unlikely to be a size of the model."""
@@ -102,18 +103,18 @@ def trace_dataflow(module: nn.Module, layers: Sequence[str]) -> Dataflow:
 
     Raises: PlanError if its code fails, or does not call the layers once each and in order.
     """
-    failure: Exception | None = None
     for on_meta in (True, False):
-        tracer = _Tracer(skeleton(module, on_meta=on_meta), layers)
+        tracer = _Tracer(copied(module, on_meta=on_meta).eval(), layers)
         try:
             with torch.compiler.set_stance("force_eager"):
-                return tracer.run("meta" if on_meta else "cpu")
+                return tracer.run()
         except PlanError:
             raise
-        except Exception as exc:  # the code is the user's, and may look at values that are not there
-            failure = exc
-    assert failure is not None
-    raise PlanError(f"the model's forward pass fails while it is looked at: {described(failure)}") from failure
+        except Exception as exc:  # the code is the user's, and may look at values that only weights tell
+            is_last = not on_meta or sum(p.numel() for p in module.parameters()) * 4 > MOST_REAL_BYTES
+            if is_last:
+                raise PlanError(f"the model's forward pass fails while it is looked at: {described(exc)}") from exc
+    raise AssertionError("the last pass returns or raises")
 
 
 @dataclass(eq=False)
@@ -142,7 +143,7 @@ class _Tracer(TorchDispatchMode):
                 self._held.add(id(parameter))
             self.parameters[name] = self._of_tensor[parameter]
 
-    def run(self, device: str) -> Dataflow:
+    def run(self) -> Dataflow:
         """Run the module, and put together what was seen."""
         places = {id(self.module.get_submodule(name)): index for index, name in enumerate(self.layers)}
         if len(places) != len(self.layers):
@@ -153,10 +154,9 @@ class _Tracer(TorchDispatchMode):
                 owner.forward = self._layer(index, owner.forward)
             elif name and owner._parameters and not name.startswith(within):
                 owner.forward = self._module(name, owner.forward)
-        with torch.device(device):
-            tokens = torch.ones(1, NUM_TOKENS, dtype=torch.int64)  # zero may stand for padding
-            with self:
-                output = self.module(tokens, **self._options(tokens))
+        tokens = torch.ones(1, NUM_TOKENS, dtype=torch.int64)  # zero may stand for padding
+        with self:
+            output = self.module(tokens, **without_cache(self.module))
         called = [call.name for call in self.calls]
         if called != list(self.layers):
             raise PlanError(_other_order(self.layers, called))
@@ -173,17 +173,12 @@ class _Tracer(TorchDispatchMode):
             writes_between=self.writes_between,
         )
 
-    def _options(self, tokens: Tensor) -> dict[str, Tensor | bool]:
-        options: dict[str, Tensor | bool] = {**without_cache(self.module)}
-        if tokens.is_meta and "attention_mask" in inspect.signature(self.module.forward).parameters:
-            options["attention_mask"] = torch.ones_like(tokens)  # without one, code looks at positions for its own
-        return options
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = compute(func, str(func).rpartition(".")[0], args, kwargs, read)
         if self._paused:
             return result
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         parents = tuple(sorted({node for tensor in read for node in self._nodes_of(tensor)}))
         if not parents and self._running is None:

@@ -40,7 +40,7 @@ def trace_forward(module: nn.Module) -> Trace:
 
 
 def _trace(module: nn.Module, *, on_meta: bool) -> Trace:
-    skeleton = _copy(module, on_meta=on_meta).eval()
+    skeleton = copied(module, on_meta=on_meta).eval()
     trace = Trace()
     recorder = Recorder(trace)
     for name, parameter in skeleton.named_parameters():
@@ -59,7 +59,7 @@ def _trace(module: nn.Module, *, on_meta: bool) -> Trace:
     return trace
 
 
-def _copy(module: nn.Module, *, on_meta: bool) -> nn.Module:
+def copied(module: nn.Module, *, on_meta: bool) -> nn.Module:
     """A copy of a module: parameters on "meta" or made up, buffers as they are."""
     copies: dict[int, Any] = {}
     for tensor in _held(module):
