@@ -19,6 +19,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # t
 from torch.nn import functional
 
 from shardwright.errors import ConfigError
+from shardwright.parallel.links import RankLink
 from shardwright.worker.placement import Placement
 
 JOIN_TIMEOUT_S = 120.0
@@ -59,7 +60,7 @@ class ProcessGroups:
         if store is None:
             store = TCPStore(host, port, is_master=False, timeout=timeout)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=placement.rank,
             world_size=placement.num_ranks,
@@ -73,6 +74,10 @@ class ProcessGroups:
             group = dist.new_group(ranks) if placement.tp > 1 else None
             if stage == placement.stage:
                 self.stage = GroupCollectives(group)
+
+        before, after = placement.rank - placement.tp, placement.rank + placement.tp
+        self.source = None if placement.is_first_stage else RankLink(before, device)
+        self.target = None if placement.is_last_stage else RankLink(after, device)
 
     def agree(self, value: bool) -> bool:
         """Whether all ranks say yes."""

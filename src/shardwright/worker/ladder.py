@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardwright.adapt.far_positions import far_position_turns_others
 from shardwright.adapt.intercepted_model import InterceptedModel
@@ -15,7 +15,7 @@ from shardwright.adapt.probe import set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.native import make_backend
-from shardwright.errors import UnsupportedModelError
+from shardwright.errors import EngineError, UnsupportedModelError
 from shardwright.foreign_errors import described
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import PerRequestModel, RecomputingModel
@@ -35,8 +35,11 @@ def climb(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
+    agree: Callable[[bool], bool] = bool,
 ) -> StepModel:
     """The model on the highest rung that is right for it, its cache not allocated yet.
+
+    Ranks that share a model stand on the same rung: the highest that is right for all of them.
 
     Args:
         module: weights loaded, on the device.
@@ -46,8 +49,9 @@ def climb(
         dtype: of weights, keys and values.
         compute_dtype: of attention's products.
         device: of the module.
+        agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
-    Raises: UnsupportedModelError if the module's own forward pass fails.
+    Raises: UnsupportedModelError if the module's own forward pass fails; EngineError if only that of another rank does.
     """
     backend = make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype)
 
@@ -78,7 +82,7 @@ def climb(
         return RecomputingModel(module, reason, device=device)
 
     set_attention(module, "eager")
-    expected = plain_logits(module, vocab_size=vocab_size)
+    expected = _expected(module, vocab_size=vocab_size, agree=agree)
     reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
     rungs: list[tuple[AttentionRung, Callable[[str], StepModel]]] = [
         (AttentionRung.INTERFACE, packed),
@@ -87,22 +91,25 @@ def climb(
         (AttentionRung.STATE, partial(with_state, takes_chunks=False)),
         (AttentionRung.STATE, partial(with_state, decodes_together=False)),
     ]
-    if far_position_turns_others(module, num_positions=num_positions):
+    if not agree(not far_position_turns_others(module, num_positions=num_positions)):
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
         rungs.clear()
     rungs += [(AttentionRung.PER_REQUEST, per_request), (AttentionRung.RECOMPUTE, recomputing)]
     for rung, build in rungs:
         set_attention(module, "eager")
+        model = None
         try:
             model = build("; ".join(reasons))
             if rung is not AttentionRung.RECOMPUTE:  # which is the module's own forward pass
                 check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+            problem = None
         except UnsupportedModelError as exc:
-            reasons[f"not {rung}: {exc}"] = None
-            continue
+            problem = str(exc)
         except Exception as exc:  # the model's code may fail in any way on a path that its author never took
-            reasons[f"not {rung}: {described(exc)}"] = None
+            problem = described(exc)
+        if not agree(problem is None) or model is None:
+            reasons[f"not {rung}: {problem or 'another rank cannot stand there'}"] = None
             continue
         if isinstance(model, PackedModel):
             model.is_checked = True
@@ -110,3 +117,16 @@ def climb(
             logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
         return model
     raise UnsupportedModelError("; ".join(reasons))
+
+
+def _expected(module: nn.Module, *, vocab_size: int, agree: Callable[[bool], bool]) -> Tensor:
+    """Logits of the module's own forward pass. Raises as `climb` does."""
+    failure: Exception | None = None
+    expected = torch.empty(0)
+    try:
+        expected = plain_logits(module, vocab_size=vocab_size)
+    except Exception as exc:
+        failure = exc
+    if not agree(failure is None):
+        raise failure or EngineError("the model's forward pass fails on another rank")
+    return expected

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from shardwright.config import EngineConfig
 from shardwright.plans.choose import choose_plan
+from shardwright.plans.pipeline import Pipeline, PipelineStage, plan_pipeline
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
+from shardwright.plans.slices import ShardSlice
 from shardwright.plans.table import ShardTable
 from shardwright.plans.units import unit_groups
 from shardwright.worker.blueprint import Blueprint
@@ -25,6 +32,8 @@ class ModelPart:
     """Class of the whole model."""
     num_parameters: int
     """Of the whole model."""
+    agree: Callable[[bool], bool] = bool
+    """Whether all ranks say yes; each asks after the same forward passes, whatever went wrong in them."""
 
 
 def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, peers: Peers | None) -> ModelPart:
@@ -38,12 +47,64 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
 
     Raises: CheckpointError, UnsupportedModelError; PlanError if the model cannot be cut so.
     """
-    module = blueprint.load(dummy=config.model.load_format == "dummy")
-    architecture, num_parameters = type(module).__name__, sum(p.numel() for p in module.parameters())
-    if peers is not None:
+    is_dummy = config.model.load_format == "dummy"
+    if peers is None:
+        module = blueprint.load(dummy=is_dummy)
+        return ModelPart(module=module, architecture=type(module).__name__, num_parameters=count_parameters(module))
+    whole: list[_Whole] = []
+
+    def cut(module: nn.Module) -> ShardSlice:
+        num_parameters = count_parameters(module)
         fitted = fitted_table(module, resolve_table(module, config))
+        pipeline = plan_pipeline(module, fitted.table) if placement.pp > 1 else None
+        whole.append(_Whole(fitted.table, pipeline, num_parameters))
         shard(module, fitted.table, stage=placement.stage, collectives=peers.stage, fitted=fitted.fitted)
-    return ModelPart(module=module, architecture=architecture, num_parameters=num_parameters)
+        return ShardSlice(fitted.table, placement.stage, placement.tp_rank)
+
+    module = blueprint.load(dummy=is_dummy, cut=cut)
+    table, pipeline, num_parameters = whole[0].table, whole[0].pipeline, whole[0].num_parameters
+    agree = peers.agree
+    if pipeline is not None:
+        stage = PipelineStage(module, pipeline, table, placement.stage, source=peers.source, target=peers.target)
+        if not placement.is_last_stage:
+            give_empty_logits(module)
+
+        def agree(value: bool) -> bool:
+            stage.settle()
+            return peers.agree(value)
+
+    return ModelPart(module=module, architecture=type(module).__name__, num_parameters=num_parameters, agree=agree)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """What was found out about the whole model before it was cut."""
+
+    table: ShardTable
+    pipeline: Pipeline | None
+    num_parameters: int
+
+
+def give_empty_logits(module: nn.Module) -> None:
+    """Let a stage that hands over return what those who call a model expect: logits, but of no tokens' numbers.
+
+    They have the shape [B, T, 0].
+    """
+    forward = module.forward
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> CausalLMOutput:
+        handed = forward(*args, **kwargs)
+        tokens: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        num_tokens = 1 if handed.gives_last_alone else tokens.shape[-1]
+        return CausalLMOutput(logits=torch.empty(len(tokens), num_tokens, 0, device=tokens.device))
+
+    module.forward = run
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def resolve_table(module: nn.Module, config: EngineConfig) -> ShardTable:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from shardwright.layers.collectives import Collectives
+    from shardwright.plans.links import StageLink
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,16 @@ class Peers(Protocol):
     @property
     def stage(self) -> Collectives:
         """Those of the same pipeline stage."""
+        ...
+
+    @property
+    def source(self) -> StageLink | None:
+        """From the stage before; None at the first."""
+        ...
+
+    @property
+    def target(self) -> StageLink | None:
+        """To the next stage; None at the last."""
         ...
 
     def agree(self, value: bool) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,7 +56,7 @@ class Worker:
         part = load_part(blueprint, config, placement, peers)
         module = part.module.to(self._device)
         loaded = time.perf_counter()
-        self._model = model = adapt(module, blueprint, config, self._device, peers)
+        self._model = model = adapt(module, blueprint, config, self._device, agree=part.agree)
         if self._device.type == "cuda":  # its peak memory is read off afterwards
             sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
             run_largest_step(
@@ -150,7 +150,12 @@ class StepSizes:
 
 
 def adapt(
-    module: nn.Module, blueprint: Blueprint, config: EngineConfig, device: torch.device, peers: Peers | None = None
+    module: nn.Module,
+    blueprint: Blueprint,
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    agree: Callable[[bool], bool] = bool,
 ) -> StepModel:
     """The model on its rung, with layers replaced where that is faster. Raises UnsupportedModelError."""
     compute_dtype = blueprint.dtype
@@ -167,6 +172,7 @@ def adapt(
                 dtype=blueprint.dtype,
                 compute_dtype=compute_dtype,
                 device=device,
+                agree=agree,
             )
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"
