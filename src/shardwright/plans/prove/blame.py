@@ -23,7 +23,6 @@ from shardwright.plans.resolve import has_inputs_first, matching_pattern
 from shardwright.plans.styles import parse_style
 from shardwright.plans.table import ParameterRow, ShardTable
 
-MOST_TRIALS = 60
 PATIENCE_S = 20.0
 """How long fixes are tried."""
 
@@ -33,13 +32,31 @@ EMBEDDING_WORDS = ("embedding_rowwise",)
 SUM_WORDS = ("moe_tp_experts",)
 
 
+Edits = tuple[tuple[str, str | None], ...]
+"""Entries and their new words; None: the entry is removed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Blame:
     """What is likely to be at fault."""
 
     entry: str | None
-    fix: str | None
+    """Of the plan, or missing in it."""
+    edits: Edits = ()
+    """What to write instead; nothing if no way was found."""
     holds: bool = False
+    """With that the proof holds. Else it gets past the module that differs, and fails later."""
+
+    @property
+    def fix(self) -> str | None:
+        """The edits as lines for the plan."""
+        lines = (f'remove "{entry}"' if word is None else f'"{entry}": "{word}"' for entry, word in self.edits)
+        return ", ".join(lines) or None
+
+    @property
+    def cuts_less(self) -> bool:
+        """Whether the only way that was found is to cut less, so that no entry says something wrong."""
+        return all(word is None for _, word in self.edits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +72,6 @@ class _Site:
     """What may be said there."""
 
 
-Edits = tuple[tuple[str, str | None], ...]
-"""Entries and their new words; None: the entry is removed."""
-
-
 def find_blame(bench: Bench, trial: Trial, failure: Failure) -> Blame:
     """Find the entry that is likely at fault.
 
@@ -67,28 +80,30 @@ def find_blame(bench: Bench, trial: Trial, failure: Failure) -> Blame:
         trial: that failed.
         failure: where.
 
-    Returns: the entry, and the fix with which the proof holds; if there is none, the one that gets furthest.
+    Returns: the entry, and the fix with which the proof holds; if there is none, one that gets past the failure.
     """
     module, plan, table = bench.subject.module, trial.plan, trial.table
     deadline = time.monotonic() + PATIENCE_S
-    best: tuple[int, Edits] | None = None
-    candidates = list(dict.fromkeys(_candidates(module, plan, table, failure)))[:MOST_TRIALS]
+    block = _scopes(failure.module)[0] if _is_leaf(module, failure.module) else failure.module
+    end = max((i for i, call in enumerate(bench.subject.calls) if call.module == block), default=failure.place)
+    past: Edits = ()
+    candidates = [edits for edits in dict.fromkeys(_candidates(module, plan, table, failure)) if edits]
     for fitted in (Fit(trial.fitted.sizes), None):
         for edits in candidates:
             if time.monotonic() > deadline:
                 break
             try:
-                verdict = bench.try_plan(edited(plan, edits), fitted=fitted).verdict
+                later = bench.try_plan(edited(plan, edits), fitted=fitted, whole=trial.whole).verdict.failure
             except PlanError:
                 continue
-            if verdict.failure is None:
-                return Blame(edits[0][0], _written(edits), holds=True)
-            if verdict.failure.place > failure.place and (best is None or verdict.failure.place > best[0]):
-                best = verdict.failure.place, edits
-    if best is not None:
-        return Blame(best[1][0][0], _written(best[1]))
-    near = next((s.entry for scope in _scopes(failure.module) for s in _sites(module, plan, table, scope)), None)
-    return Blame(near, None)
+            if later is None:
+                return Blame(edits[0][0], edits, holds=True)
+            if later.place > end and not past:
+                past = edits
+    if past:
+        return Blame(past[0][0], past)
+    near = (site.entry for scope in _scopes(failure.module) for site in _sites(module, plan, table, scope))
+    return Blame(next(near, None))
 
 
 def edited(plan: ParallelPlan, edits: Edits) -> ParallelPlan:
@@ -100,11 +115,6 @@ def edited(plan: ParallelPlan, edits: Edits) -> ParallelPlan:
         else:
             tp[entry] = word
     return replace(plan, tp=tp)
-
-
-def _written(edits: Edits) -> str:
-    """Edits as lines for the plan."""
-    return ", ".join(f'remove "{entry}"' if word is None else f'"{entry}": "{word}"' for entry, word in edits)
 
 
 def _candidates(module: nn.Module, plan: ParallelPlan, table: ShardTable, failure: Failure) -> Iterator[Edits]:
@@ -120,6 +130,8 @@ def _candidates(module: nn.Module, plan: ParallelPlan, table: ShardTable, failur
             yield together
         yield from (edits for site in own for edits in _others(site))
         yield from (edits for site in others for edits in _others(site))
+    for sites in scopes:
+        yield tuple((site.entry, None) for site in sites if site.current is not None)
 
 
 def _right(site: _Site) -> Iterator[Edits]:

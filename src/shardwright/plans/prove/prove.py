@@ -7,12 +7,16 @@ from collections.abc import Callable
 from torch import nn
 
 from shardwright.errors import PlanError
+from shardwright.plans.fit import Misfit
 from shardwright.plans.plan import ParallelPlan, plan_of
-from shardwright.plans.prove.blame import find_blame
+from shardwright.plans.prove.blame import Blame, find_blame
 from shardwright.plans.prove.compare import TOLERANCE
+from shardwright.plans.prove.judge import Failure, Verdict
+from shardwright.plans.prove.pipeline_names import Unnamed, unnamed_arguments
 from shardwright.plans.prove.report import Divergence, ProofReport
 from shardwright.plans.prove.subject import prepare
-from shardwright.plans.prove.trial import Bench
+from shardwright.plans.prove.trial import Bench, Trial
+from shardwright.plans.shard import described
 
 Progress = Callable[[str], None]
 
@@ -58,26 +62,26 @@ def prove_plan(
     say(f"running {tp * pp} ranks")
     bench = Bench(subject=subject, tp=tp, pp=pp, tolerance=tolerance)
     trial = bench.try_plan(plan)
-    verdict = trial.verdict
     notes = list(subject.notes)
+    divergence = None
+    while trial.verdict.failure is not None and divergence is None:
+        say(f"looking for what is wrong at {trial.verdict.failure.module or 'the end'}")
+        divergence, misfit = _explained(bench, trial, trial.verdict.failure)
+        if misfit is not None:
+            notes.append(f"{described(misfit, tp)}; every rank holds all of it")
+            trial = bench.try_plan(plan, fitted=trial.fitted, whole=(*trial.whole, *misfit.modules))
+    verdict = trial.verdict
     if tp > 1 and all(row.dim is None for row in trial.table.parameters):
         notes.append("the plan cuts no parameter: every rank computes everything")
     if verdict.unmatched:
         shown = ", ".join(verdict.unmatched[:3]) + (", ..." if len(verdict.unmatched) > 3 else "")
         notes.append(f"{len(verdict.unmatched)} modules cannot be compared by themselves, their layers agree: {shown}")
-    divergence = None
-    if verdict.failure is not None:
-        say(f"looking for what is wrong at {verdict.failure.module or 'the end'}")
-        blame = find_blame(bench, trial, verdict.failure)
-        divergence = Divergence(
-            module=verdict.failure.module,
-            max_abs_diff=verdict.failure.max_abs_diff,
-            tolerance=verdict.failure.tolerance,
-            message=verdict.failure.message,
-            likely_entry=blame.entry,
-            fix=blame.fix,
-            fix_holds=blame.holds,
-        )
+    if divergence is None and trial.pipeline is not None:
+        unnamed = unnamed_arguments(subject.module, plan, trial.table, trial.pipeline)
+        if unnamed is not None and unnamed.is_all:
+            divergence = _not_handed_over(unnamed, verdict)
+        elif unnamed is not None:
+            notes.append(f"stages hand over {', '.join(unnamed.arguments)} too, which {unnamed.entry!r} does not name")
     return ProofReport(
         tp=tp,
         pp=pp,
@@ -86,4 +90,51 @@ def prove_plan(
         modules_compared=len(verdict.modules),
         first_divergence=divergence,
         notes=tuple(notes),
+    )
+
+
+def _explained(bench: Bench, trial: Trial, failure: Failure) -> tuple[Divergence, None] | tuple[None, Misfit]:
+    """What is at fault: an entry of the plan; the pipeline, if the plan holds without it; or neither, if the model's
+    code does not run on parts, and every rank will hold all of them when it is served.
+    """
+    blame, message = Blame(None), failure.message
+    alone = trial if bench.pp == 1 else bench.with_stages(1).try_plan(trial.plan, whole=trial.whole)
+    if alone.verdict.failure is None:
+        blame = Blame(next((name for name in trial.plan.pp if f"{failure.module}.".startswith(f"{name}.")), None))
+        message += "; on one stage the plan holds, so what stages hand over is at fault"
+    elif bench.tp > 1:
+        failure, message = alone.verdict.failure, alone.verdict.failure.message
+        blame = find_blame(bench.with_stages(1), alone, failure)
+        misfit = _misfit(trial, failure)
+        if misfit is not None and blame.cuts_less:
+            return None, misfit
+    divergence = Divergence(
+        module=failure.module,
+        max_abs_diff=failure.max_abs_diff,
+        tolerance=failure.tolerance,
+        message=message,
+        likely_entry=blame.entry,
+        fix=blame.fix,
+        fix_holds=blame.holds,
+    )
+    return divergence, None
+
+
+def _misfit(trial: Trial, failure: Failure) -> Misfit | None:
+    """What the model's code does not let be cut, if that is why it failed; not if it ran, and gave other numbers."""
+    if failure.max_abs_diff is not None:
+        return None
+    above = (m for m in trial.fitted.misfits if any(f"{failure.module}.".startswith(f"{n}.") for n in m.modules))
+    return next((misfit for misfit in above if misfit.modules[0] not in trial.whole), None)
+
+
+def _not_handed_over(unnamed: Unnamed, verdict: Verdict) -> Divergence:
+    return Divergence(
+        module=unnamed.entry,
+        max_abs_diff=None,
+        tolerance=verdict.tolerance,
+        message=f"the next stage needs {', '.join(unnamed.arguments)}, and the plan's inputs name none of that",
+        likely_entry=unnamed.entry,
+        fix=unnamed.fix,
+        fix_holds=True,
     )

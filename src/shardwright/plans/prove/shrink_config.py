@@ -147,11 +147,11 @@ def _fewer_experts(config: PretrainedConfig, tp: int) -> list[str]:
         count = getattr(config, name, None)
         if not isinstance(count, int) or count < 2:
             continue
-        counts = (getattr(config, key, None) for key in EXPERTS_PER_TOKEN)
-        chosen = next((n for n in counts if isinstance(n, int)), 1)
+        per_token = (getattr(config, key, None) for key in EXPERTS_PER_TOKEN)
+        chosen = next((n for n in per_token if isinstance(n, int)), 1)
         groups = int(getattr(config, "n_group", None) or 1)
         least = max(4 * tp, 2 * chosen, 4 * groups)
-        fewer = count
+        fewer: int = count
         while fewer % 2 == 0 and fewer // 2 >= least and (fewer // 2 % tp == 0) == (count % tp == 0):
             fewer //= 2
         if fewer < count:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from shardwright.foreign_errors import described
 from shardwright.plans.fit import Fit, fit
+from shardwright.plans.groups import UnitGroup
 from shardwright.plans.pipeline import Pipeline, PipelineStage, plan_pipeline
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.prove.judge import Verdict, judge
@@ -17,7 +19,7 @@ from shardwright.plans.prove.record import Call, Recorder
 from shardwright.plans.prove.subject import Subject
 from shardwright.plans.prove.threads import MemoryLink, ThreadCollectives, run_ranks
 from shardwright.plans.resolve import resolve
-from shardwright.plans.shard import shard
+from shardwright.plans.shard import shard, without
 from shardwright.plans.stack import find_stack
 from shardwright.plans.table import ShardTable
 from shardwright.plans.units import unit_groups
@@ -30,10 +32,14 @@ class Trial:
     plan: ParallelPlan
     table: ShardTable
     fitted: Fit
+    pipeline: Pipeline | None
+    """Of more than one stage."""
+    whole: tuple[str, ...]
+    """Modules of which every rank held all, whatever the plan says."""
     verdict: Verdict
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """What all trials have in common."""
 
@@ -42,17 +48,32 @@ class Bench:
     pp: int
     tolerance: float
 
-    def try_plan(self, plan: ParallelPlan, *, fitted: Fit | None = None) -> Trial:
+    @cached_property
+    def _traced(self) -> list[UnitGroup] | None:
+        """The model's unit groups; None if they depend on what a plan cuts."""
+        groups = unit_groups(self.subject.module, ParallelPlan())
+        return groups if groups and all(group.source == "traced" for group in groups) else None
+
+    def with_stages(self, pp: int) -> Bench:
+        """The same with another number of stages."""
+        other = replace(self, pp=pp)
+        other.__dict__["_traced"] = self._traced
+        return other
+
+    def try_plan(self, plan: ParallelPlan, *, fitted: Fit | None = None, whole: tuple[str, ...] = ()) -> Trial:
         """Run the model as a plan cuts it, and compare.
 
         Args:
             plan: to be tried.
             fitted: what the model's code asks for to be cut; None: it is found out, which takes longer.
+            whole: modules that are not cut, whatever the plan says.
 
         Raises: PlanError if the plan cannot be carried out.
         """
         module = self.subject.module
-        table = resolve(module, plan, unit_groups(module, plan), tp=self.tp, pp=self.pp)
+        groups = self._traced if self._traced is not None else unit_groups(module, plan)
+        table = resolve(module, plan, groups, tp=self.tp, pp=self.pp)
+        table = without(table, whole) if whole else table
         pipeline = plan_pipeline(module, table) if self.pp > 1 else None
         if fitted is None:
             fitted = fit(module, table)
@@ -67,7 +88,7 @@ class Bench:
             broken=broken,
             tolerance=self.tolerance,
         )
-        return Trial(plan=plan, table=table, fitted=fitted, verdict=verdict)
+        return Trial(plan=plan, table=table, fitted=fitted, pipeline=pipeline, whole=whole, verdict=verdict)
 
 
 Calls = dict[tuple[str, int], list[Call]]
