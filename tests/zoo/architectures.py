@@ -85,5 +85,19 @@ MIXED: Table = {
 }
 """Experts, latent attention, chunks, sinks, and several of them at once."""
 
+LINEAR_LAYERS = ["full_attention", "linear_attention"] * 2
+"""The first one is full: Transformers' MiniMax counts positions by its keys, so that its own cache is wrong else."""
+
+STATES: Table = {
+    "minimax": {"block_size": 8, "layer_types": LINEAR_LAYERS},
+    "qwen3_next": {
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "layer_types": LINEAR_LAYERS, "num_hidden_layers": 4,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 64},
+    "rwkv": {"attention_hidden_size": 64},
+}  # fmt: skip
+"""Layers with a state: in Transformers' cache, in a cache class of the model's own, on its modules, handed out."""
+
 QUICK = ("deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "llama4_text", "mistral")
 """One of each kind, for the daily run."""
