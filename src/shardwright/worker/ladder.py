@@ -15,6 +15,7 @@ from shardwright.adapt.probe import set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.native import make_backend
+from shardwright.config import ParallelConfig
 from shardwright.errors import EngineError, UnsupportedModelError
 from shardwright.foreign_errors import described
 from shardwright.worker.packed import PackedModel
@@ -35,6 +36,7 @@ def climb(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
+    parallel: ParallelConfig | None = None,
     agree: Callable[[bool], bool] = bool,
 ) -> StepModel:
     """The model on the highest rung that is right for it, its cache not allocated yet.
@@ -49,19 +51,25 @@ def climb(
         dtype: of weights, keys and values.
         compute_dtype: of attention's products.
         device: of the module.
+        parallel: how many ranks share the model; None: this one has it alone.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if the module's own forward pass fails; EngineError if only that of another rank does.
     """
     backend = make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype)
 
+    is_alone = parallel is None or parallel.num_ranks == 1
+    is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
+
     def packed(reason: str) -> StepModel:
-        served = ServedModel(module, num_positions=num_positions)
-        return PackedModel(served, backend, dtype=dtype, device=device)
+        served = ServedModel(module, num_positions=num_positions, needs_attention=is_whole)
+        return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
 
     def intercepted(reason: str) -> StepModel:
         served = InterceptedModel(module, num_positions=num_positions, vocab_size=vocab_size)
-        return PackedModel(served, backend, dtype=dtype, device=device, max_step_tokens=num_positions)
+        return PackedModel(
+            served, backend, dtype=dtype, device=device, max_step_tokens=num_positions, may_recompute=is_alone
+        )
 
     def with_state(reason: str, *, takes_chunks: bool = True, decodes_together: bool = True) -> StepModel:
         return StateSlotModel(
@@ -73,6 +81,7 @@ def climb(
             device=device,
             takes_chunks=takes_chunks,
             decodes_together=decodes_together,
+            agree=agree,
         )
 
     def per_request(reason: str) -> StepModel:

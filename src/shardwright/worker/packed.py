@@ -34,6 +34,7 @@ class PackedModel:
         dtype: of keys and values.
         device: of model and cache.
         max_step_tokens: most tokens that its code takes at once, if it has tables of a fixed length.
+        may_recompute: whether it serves on without its cache if need be; a rank must not do so by itself.
     """
 
     takes_chunks = True
@@ -48,11 +49,13 @@ class PackedModel:
         dtype: torch.dtype,
         device: torch.device,
         max_step_tokens: int | None = None,
+        may_recompute: bool = True,
     ) -> None:
         self.served = served
         self.rung, self.rung_reason = served.rung, served.rung_reason
         self.layers, self.groups = served.layers, served.groups
         self.max_step_tokens = max_step_tokens
+        self._may_recompute = may_recompute
         self._backend = backend
         self._dtype = dtype
         self._device = device
@@ -62,7 +65,8 @@ class PackedModel:
         """Whether it gave the right logits once; until then, a failure is one."""
 
     def bytes_per_block(self, block_size: int) -> int:
-        return bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
+        size = bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
+        return max(size, 1)  # a pipeline stage may have no attention
 
     def allocate(self, *, num_rows: int, num_blocks: int, block_size: int) -> None:
         self._cache = KVCache(
@@ -81,7 +85,7 @@ class PackedModel:
             try:
                 return self.served.forward(inputs, self._cache, self._backend)
             except UnsupportedModelError as exc:
-                if not self.is_checked:
+                if not self.is_checked or not self._may_recompute:
                     raise
                 logger.warning("from now on every step computes whole sequences, one at a time: %s", exc)
                 set_attention(self.served.module, "eager")

@@ -8,6 +8,7 @@ the same model is paged as ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ class StateSlotModel:
         device: of the module.
         takes_chunks: whether its layers go on from a state with more than one token.
         decodes_together: whether its code keeps sequences of a batch apart.
+        agree: whether all ranks that share the model say yes.
 
     Raises: UnsupportedModelError if it keeps no states, or its attention cannot be captured.
     """
@@ -56,10 +58,11 @@ class StateSlotModel:
         device: torch.device,
         takes_chunks: bool,
         decodes_together: bool,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.takes_chunks = takes_chunks
         self._decodes_together = decodes_together
-        self._states = find_states(module, vocab_size=vocab_size)
+        self._states = find_states(module, vocab_size=vocab_size, agree=agree)
         self._served = ServedModel(module, num_positions=num_positions, needs_attention=False)
         self.layers = self._served.layers
         self.groups = self._served.groups or [CacheGroup(Visibility(), ())]

@@ -8,7 +8,7 @@ with the number of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,19 +66,20 @@ class StateCache(_PassingCache, DynamicCache):
     """The cache that the module sees in one forward: states are ours to fill in."""
 
 
-def find_states(module: nn.Module, *, vocab_size: int) -> States:
+def find_states(module: nn.Module, *, vocab_size: int, agree: Callable[[bool], bool] = bool) -> States:
     """Where a model keeps its states.
 
     Args:
         module: weights loaded; a few tokens are run if Transformers' cache has no place for states.
         vocab_size: number of token ids to draw the tokens from.
+        agree: whether all ranks that share the model say yes; the layers of some may have no states.
 
     Raises: UnsupportedModelError if there are none, or they are not one slot a sequence.
     """
     config = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):
         in_cache = CacheLayerStates(module, config.get_text_config(decoder=True))
-        if in_cache.has_states and in_cache.are_used(module):
+        if in_cache.has_states and not agree(not in_cache.are_used(module)):
             return in_cache
     return FoundStates(module, vocab_size=vocab_size)
 

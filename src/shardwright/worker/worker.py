@@ -172,6 +172,7 @@ def adapt(
                 dtype=blueprint.dtype,
                 compute_dtype=compute_dtype,
                 device=device,
+                parallel=config.parallel,
                 agree=agree,
             )
     except UnsupportedModelError as exc:
