@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shardwright.plans.flow.atoms import Labels
+from shardwright.plans.flow.memory import Origin
 from shardwright.plans.flow.state import Axis, Flow
 from shardwright.plans.groups import Member, UnitGroup, UnitKind
 
@@ -43,10 +44,7 @@ def settle(flow: Flow) -> None:
         for labels in flow.splits:
             _bind_split(flow, flow.atoms.find(labels))
         holders, needed = flow.atoms.needs()
-        closed = np.unique(
-            flow.atoms.find(np.concatenate([np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)]))
-        )
-        shared = np.isin(needed, closed[closed > 0]) | (holders == 0)
+        shared = np.isin(needed, _closed_atoms(flow)) | (holders == 0)
         flow.atoms.bind(holders[shared], needed[shared])
 
 
@@ -100,52 +98,79 @@ def users(flow: Flow) -> dict[int, Users]:
 
 def cut_groups(flow: Flow) -> list[UnitGroup]:
     """Groups whose columns end in rows."""
+    _align_layers(flow, _ends(flow))
+    ends = _ends(flow)
+    groups = (_group(flow, keys, ends) for keys in ends.connected)
+    return [group for group in groups if group is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What is bound, seen from the rows in which it ends."""
+
+    roots: dict[Origin, Labels]
+    """Of each dimension of each parameter."""
+    needed_by: dict[int, Users]
+    closing: frozenset[int]
+    connected: list[list[Origin]]
+    """Dimensions that share units, directly or by others, in the order of the model."""
+
+    def closed(self, keys: Sequence[Origin]) -> list[Origin]:
+        """Those of some dimensions that are rows."""
+        found = []
+        for key in keys:
+            atoms = set(self.roots[key].tolist())
+            if len(atoms) > 1 and atoms <= self.closing:
+                found.append(key)
+        return found
+
+
+def _ends(flow: Flow) -> Ends:
     needed_by = users(flow)
     roots = {(axis.name, axis.dim): flow.atoms.find(axis.atoms) for axis in flow.axes}
-    closing = set(
-        flow.atoms.find(np.concatenate([np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)])).tolist()
-    ) - {0}
+    closing = frozenset(_closed_atoms(flow).tolist())
     touching = {
-        key: frozenset().union(*(needed_by[a] for a in np.unique(found).tolist())) & closing
+        key: frozenset[int]().union(*(needed_by[a] for a in np.unique(found).tolist())) & closing
         for key, found in roots.items()
     }
-    groups = []
-    for keys in _connected({key: units for key, units in touching.items() if units}):
-        closed = [
-            key for key in keys if all(a in closing for a in roots[key].tolist()) and len(set(roots[key].tolist())) > 1
-        ]
-        if closed:
-            made = _group(flow, keys, closed[0], roots, needed_by)
-            if made is not None:
-                groups.append(made)
-    return groups
+    connected = _connected({key: units for key, units in touching.items() if units})
+    return Ends(roots, needed_by, closing, connected)
 
 
-def _connected(touching: dict[tuple[str, int], frozenset[int]]) -> Iterable[list[tuple[str, int]]]:
-    """Dimensions that share units, directly or by others, in the order of the model."""
-    home: dict[int, int] = {}
-    sets: dict[int, list[tuple[str, int]]] = {}
-    for number, (key, units) in enumerate(touching.items()):
-        joined = sorted({home[u] for u in units if u in home})
-        target = joined[0] if joined else number
-        sets.setdefault(target, [])
-        for other in joined[1:]:
-            sets[target] += sets.pop(other)
-        sets[target].append(key)
-        members = set(units).union(*(touching[k] for k in sets[target]))
-        home.update(dict.fromkeys(members, target))
-    return [sets[number] for number in sorted(sets)]
+def _closed_atoms(flow: Flow) -> Labels:
+    every = [np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)]
+    found = np.unique(flow.atoms.find(np.concatenate(every)))
+    return found[found > 0]
 
 
-def _group(
-    flow: Flow,
-    keys: Sequence[tuple[str, int]],
-    closed: tuple[str, int],
-    roots: dict[tuple[str, int], Labels],
-    needed_by: dict[int, Users],
-) -> UnitGroup | None:
+def _align_layers(flow: Flow, ends: Ends) -> None:
+    """Layers that share keys and values deal their query heads alike: the first of one with the first of the other."""
+    for keys in ends.connected:
+        orders = [list(dict.fromkeys(ends.roots[key].tolist())) for key in ends.closed(keys)]
+        for order in orders[1:]:
+            if len(order) == len(orders[0]) and not set(order) & set(orders[0]):
+                flow.atoms.bind(np.array(orders[0]), np.array(order))
+
+
+def _connected(touching: Mapping[Origin, frozenset[int]]) -> list[list[Origin]]:
+    """Dimensions that share units, directly or by others."""
+    sets: list[tuple[set[int], list[Origin]]] = []
+    for key, units in touching.items():
+        joined = [entry for entry in sets if entry[0] & units]
+        merged = (set(units).union(*(u for u, _ in joined)), [k for _, keys in joined for k in keys] + [key])
+        place = sets.index(joined[0]) if joined else len(sets)
+        sets = [entry for entry in sets if entry not in joined]
+        sets.insert(place, merged)
+    return [keys for _, keys in sets]
+
+
+def _group(flow: Flow, keys: Sequence[Origin], ends: Ends) -> UnitGroup | None:
+    """The group of dimensions that share units; None if there is one unit, or units are needed out of order."""
+    closed, roots, needed_by = ends.closed(keys), ends.roots, ends.needed_by
+    if not closed:
+        return None
     order: dict[int, int] = {}
-    for key in (closed, *keys):
+    for key in (*closed, *keys):
         for atom in roots[key].tolist():
             for unit in sorted(needed_by[atom]):
                 order.setdefault(unit, len(order))
@@ -244,7 +269,7 @@ def expert_groups(flow: Flow) -> list[UnitGroup]:
     """Stacked matrices of experts, by expert, one group for each module that holds some."""
     by_owner: dict[str, list[Axis]] = defaultdict(list)
     for axis in flow.axes:
-        if axis.dim == 0 and axis.name in flow.stacked:
+        if axis.dim == 0 and axis.name in flow.stacked and len(flow.trace.refs[axis.name].size) > 2:
             by_owner[axis.name.rpartition(".")[0]].append(axis)
     groups = []
     for owner, axes in by_owner.items():

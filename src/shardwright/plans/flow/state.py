@@ -113,11 +113,28 @@ class Flow:
         if (labels < 0).any():
             self.spoil(labels)
             labels = np.maximum(labels, 0)
-        first = labels.max(axis=tuple(axes), keepdims=True)
-        present = labels > 0
-        if present.any():
-            self.atoms.bind(np.broadcast_to(first, labels.shape)[present], labels[present])
-        return self.atoms.find(first)
+        axes = [axis for axis in axes if labels.shape[axis] > 1]
+        if not axes:
+            return self.atoms.find(labels)
+        kept = [size for axis, size in enumerate(labels.shape) if axis not in axes]
+        shape = [1 if axis in axes else size for axis, size in enumerate(labels.shape)]
+        moved = np.moveaxis(labels, axes, range(-len(axes), 0)).reshape(int(np.prod(kept)), -1)
+        rows, place = np.unique(moved, axis=0, return_inverse=True)
+        return self.atoms.find(self._merge_rows(self.atoms.find(rows))[place.ravel()].reshape(shape))
+
+    def _merge_rows(self, rows: Labels) -> Labels:
+        """Bind what differs in each row, but what several rows have, as keys of several heads may, is only needed."""
+        number, column = np.nonzero(rows)
+        pairs = np.unique(np.stack([number, rows[number, column]]), axis=1)
+        own = ~_repeated(pairs[1])
+        first = np.zeros(len(rows), dtype=np.int64)
+        np.maximum.at(first, pairs[0, own], pairs[1, own])
+        has_own = first[pairs[0]] > 0
+        self.atoms.need(first[pairs[0, has_own & ~own]], pairs[1, has_own & ~own])
+        np.maximum.at(first, pairs[0, ~has_own], pairs[1, ~has_own])
+        bound = own | ~has_own
+        self.atoms.bind(first[pairs[0, bound]], pairs[1, bound])
+        return first
 
     def combine(self, operands: Sequence[Operand], rank: int) -> Labels | None:
         """Labels of elements that are computed from those of several tensors at their places.
@@ -168,15 +185,23 @@ class Flow:
         """
         if labels is not None and (labels > 0).all():
             labels = self.atoms.find(thin(labels))
-            for candidate in candidates:
-                if candidate.size < 2 or (candidate == 0).any():
-                    continue
-                pairs = np.unique(np.stack([side.ravel() for side in np.broadcast_arrays(candidate, labels)]), axis=1)
-                if len(np.unique(pairs[0])) == pairs.shape[1] and len(np.unique(pairs[1])) > 1:
-                    self.atoms.bind(pairs[0], pairs[1])
-                    return self.atoms.find(candidate)
+            for shared in (False, True):
+                for candidate in candidates:
+                    if candidate.size > 1 and (candidate > 0).all() and self._follow(candidate, labels, shared=shared):
+                        return self.atoms.find(candidate)
         self.memory.fix(list(candidates))
         return None
+
+    def _follow(self, candidate: Labels, labels: Labels, *, shared: bool) -> bool:
+        """Have a parameter go with labels: its parts with one label each or, if shared, needed by several each."""
+        pairs = np.unique(np.stack([side.ravel() for side in np.broadcast_arrays(candidate, labels)]), axis=1)
+        if len(np.unique(pairs[1])) < 2 or (_repeated(pairs[1]) if shared else _repeated(pairs[0])).any():
+            return False
+        if shared:
+            self.atoms.need(pairs[1], pairs[0])
+        else:
+            self.atoms.bind(pairs[0], pairs[1])
+        return True
 
 
 @dataclass(frozen=True, slots=True)
