@@ -57,46 +57,49 @@ class Bias:
         return self.table_HN
 
 
-def read_bias(added_HTT: Tensor, seen_TT: Tensor, *, precision: float, ignores_rows: bool = True) -> Bias | None:
+def read_bias(
+    added_HRT: Tensor, seen_RT: Tensor, rows_R: Tensor, *, precision: float, ignores_rows: bool = True
+) -> Bias | None:
     """Understand what is added to scores.
 
     Args:
-        added_HTT: [H, T, T] float32.
-        seen_TT: [T, T] bool: where a query sees a key; each sees its own.
+        added_HRT: [H, R, T] float32.
+        seen_RT: [R, T] bool: where a query sees a key; each sees its own.
+        rows_R: [R] int64, positions of the queries, in order.
         precision: to which the numbers may be rounded.
         ignores_rows: whether adding another number to every row changes nothing.
 
     Returns: None if nothing is added.
     Raises: UnsupportedModelError if it depends on more than head and distance.
     """
-    bound = added_HTT.masked_fill(~seen_TT, 0).abs().amax(-1, keepdim=True)
+    bound = added_HRT.masked_fill(~seen_RT, 0).abs().amax(-1, keepdim=True)
     bound = TOLERANCE * bound.max() + 2 * ROUNDINGS * precision * bound
-    own = torch.diagonal(added_HTT, dim1=-2, dim2=-1)[..., None] if ignores_rows else 0
-    added = (added_HTT - own).masked_fill(~seen_TT, 0)
+    added = (added_HRT - (own_column(added_HRT, rows_R) if ignores_rows else 0)).masked_fill(~seen_RT, 0)
     if bool((added.abs() <= bound).all()):
         return None
-    found = _by_distance(added, seen_TT, bound)
-    if found is None:
-        raise UnsupportedModelError("it adds a bias that depends on more than the distance from query to key")
-    return found
-
-
-def _by_distance(added: Tensor, seen: Tensor, bound: Tensor) -> Bias | None:
-    """The bias that gives these numbers within the bound, if there is one."""
-    length = added.shape[-1]
-    positions = torch.arange(length, device=added.device)
-    distances = (positions[:, None] - positions).clamp_min(0)
-    weight = distances * seen
+    distances = distances_from(rows_R, added.shape[-1])
+    weight = distances * seen_RT
     slopes = (added * weight).sum((-2, -1)) / weight.square().sum().clamp_min(1)
-    if bool(((added - slopes[:, None, None] * distances).masked_fill(~seen, 0).abs() <= bound).all()):
+    straight = (slopes[:, None, None] * distances).masked_fill(~seen_RT, 0)
+    if bool(((added - straight).abs() <= bound).all()):
         return Bias(slopes)
-    counts = torch.bincount(distances[seen], minlength=length)
-    sums = added.new_zeros(added.shape[0], length, dtype=torch.float64)
-    sums.index_add_(1, distances[seen], added[:, seen].double())  # exact where all are the same
+    counts = torch.bincount(distances[seen_RT], minlength=added.shape[-1])
+    sums = added.new_zeros(len(added), added.shape[-1], dtype=torch.float64)
+    sums.index_add_(1, distances[seen_RT], added[:, seen_RT].double())  # exact where all are the same
     table = (sums / counts.clamp_min(1)).float()
-    if bool(((added - table[:, distances]).masked_fill(~seen, 0).abs() > bound).any()):
-        return None
-    known = int(counts.count_nonzero())
-    table = table[:, :known].contiguous()
-    settled = table[:, known // 2 :]
+    if bool(((added - table[:, distances]).masked_fill(~seen_RT, 0).abs() > bound).any()):
+        raise UnsupportedModelError("it adds a bias that depends on more than the distance from query to key")
+    table = table[:, : int(counts.count_nonzero())].contiguous()
+    settled = table[:, table.shape[1] // 2 :]
     return Bias(slopes, table, is_settled=bool((settled == settled[:, -1:]).all()))
+
+
+def own_column(values_HRT: Tensor, rows_R: Tensor) -> Tensor:
+    """Of each query, the number at its own position: [H, R, 1]."""
+    index = rows_R.view(1, -1, 1).expand(len(values_HRT), -1, 1)
+    return values_HRT.gather(-1, index)
+
+
+def distances_from(rows_R: Tensor, length: int) -> Tensor:
+    """From queries back to keys, zero for keys after them: [R, length] int64."""
+    return (rows_R[:, None] - torch.arange(length, device=rows_R.device)).clamp_min(0)

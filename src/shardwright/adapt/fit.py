@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shardwright.adapt.bias import Bias, read_bias
+from shardwright.adapt.bias import Bias, distances_from, read_bias
 from shardwright.adapt.followed import AttentionTrace
+from shardwright.adapt.seen import HIDDEN, read_visibility
 from shardwright.attention.layout import AttentionParams
-from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
+from shardwright.cache.spec import LayerSpec, Visibility
 from shardwright.errors import UnsupportedModelError
 
 TOLERANCE = 2e-3
@@ -25,9 +26,6 @@ far above."""
 ROUNDINGS = 4
 """So many times a number may have been rounded to the type of queries and keys, on top of that."""
 
-HIDDEN = -5e3
-"""Scores from here down stand for positions that are not seen, however the code spells infinity; -10000 is common."""
-
 LEAST_SINK = 1e-4
 """Weight that a sink must take somewhere to be seen."""
 
@@ -36,6 +34,9 @@ ONE_TOLERANCE = 1e-2
 
 CAP_ADVANTAGE = 4.0
 """So many times better a soft-cap must fit than none: one far above all scores fits as well as none."""
+
+PERFECT = 4e-3
+"""Misfit, in units of what is allowed, below which no other formula is tried."""
 
 SOFT_CAPS = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0)
 """Caps to try where scores do not grow in proportion to the products."""
@@ -51,6 +52,8 @@ class FittedAttention:
     repeats: int
     """Query heads that share a KV head which the code repeats: every `repeats`-th of its heads is kept."""
     bias: Bias | None = None
+    first_column: int = 0
+    """Of the scores, that belongs to a position."""
     order: Tensor | None = None
     """[H] int64: the code's heads, those that share a KV head beside each other; None if they are so."""
 
@@ -64,6 +67,7 @@ class _Scores:
     softcap: float | None = None
     bias: Bias | None = None
     sinks_H: Tensor | None = None
+    first_column: int = 0
 
 
 def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
@@ -102,6 +106,7 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
         AttentionParams(scale=scores.scale, softcap=scores.softcap, sinks_H=sinks),
         repeats,
         bias,
+        scores.first_column,
         order,
     )
 
@@ -137,11 +142,10 @@ def _sdpa_scores(trace: AttentionTrace) -> _Scores:
     rows = mask.detach().expand(*mask.shape[:-2], length, length).reshape(-1, length, length)
     allowed = rows if rows.dtype == torch.bool else rows > HIDDEN
     visibility = read_visibility(allowed)
-    bias = (
-        None
-        if rows.dtype == torch.bool
-        else read_bias(rows.expand(num_heads, -1, -1).float(), allowed[0], precision=torch.finfo(rows.dtype).eps)
-    )
+    if rows.dtype == torch.bool:
+        return _Scores(visibility, scale)
+    positions, precision = torch.arange(length, device=rows.device), torch.finfo(rows.dtype).eps
+    bias = read_bias(rows.float().expand(num_heads, -1, -1), allowed[0], positions, precision=precision)
     return _Scores(visibility, scale, bias=bias)
 
 
@@ -166,12 +170,13 @@ def _fit_softmax(trace: AttentionTrace, query: Tensor, key: Tensor, *, is_shifte
     seen = (scores > HIDDEN)[0]
     sums = weights.sum(-1)
     has_sinks = bool((1 - sums > LEAST_SINK + ROUNDINGS * precision).any())
-    bias = read_bias(blank, seen, precision=precision, ignores_rows=is_shifted or not has_sinks)
+    rows = torch.arange(length, device=blank.device)
+    bias = read_bias(blank, seen, rows, precision=precision, ignores_rows=is_shifted or not has_sinks)
     products = query @ key.transpose(1, 2)
     scale, softcap = _scale_and_cap(scores - blank, products, scores, seen, precision, is_shifted=is_shifted)
     expected = _capped(scale * products, softcap)
     if bias is not None:
-        expected += bias.at(_distances(length, blank.device))
+        expected += bias.at(distances_from(rows, length))
     expected = expected.masked_fill(~seen, float("-inf"))
     totals = expected.logsumexp(-1)
     sinks = None
@@ -187,7 +192,7 @@ def _fit_softmax(trace: AttentionTrace, query: Tensor, key: Tensor, *, is_shifte
     rounded = ROUNDINGS * precision * (1 + scores.abs().masked_fill(~seen, 0).amax(-1, keepdim=True))
     if not bool((misfit <= TOLERANCE + rounded).all()):
         raise UnsupportedModelError("its weights are not the softmax of its scores")
-    return _Scores(visibility, scale, softcap, bias, sinks)
+    return _Scores(visibility, scale, softcap, bias, sinks, columns.start)
 
 
 def _columns(scores: Tensor, weights: Tensor) -> slice:
@@ -233,6 +238,8 @@ def _scale_and_cap(
         expected = compared(_capped(scale * products, softcap))
         misfit = float(((actual - expected).abs() / bound.clamp_min(1e-12)).max())
         fits.append((misfit if softcap is None else misfit * CAP_ADVANTAGE, scale, softcap))
+        if misfit < PERFECT:
+            break
     misfit, scale, softcap = min(fits, key=lambda fit: fit[0])
     if not misfit <= 1:
         raise UnsupportedModelError("its scores are not scaled products of queries and keys, with or without a bias")
@@ -256,31 +263,6 @@ def _sinks(totals: Tensor, sums: Tensor) -> Tensor:
     is_clear = (1 - share[:, 0]) > LEAST_SINK
     is_one = bool((sinks[is_clear].abs() < ONE_TOLERANCE).all())  # added to the sum, it is the same for all heads
     return torch.zeros_like(sinks) if is_one else sinks
-
-
-def _distances(length: int, device: torch.device) -> Tensor:
-    positions = torch.arange(length, device=device)
-    return (positions[:, None] - positions).clamp_min(0)
-
-
-def read_visibility(allowed_HTT: Tensor) -> Visibility:
-    """Who sees whom, from who did. Raises UnsupportedModelError if that is of no kind that we know."""
-    allowed = allowed_HTT[0]
-    length = allowed.shape[0]
-    if not bool((allowed_HTT == allowed).all()):
-        raise UnsupportedModelError("its heads see different positions")
-    if bool(allowed.triu(1).any()):
-        raise UnsupportedModelError("its attention is not causal")
-    width = int(allowed[-1].sum())
-    chunk = next((i for i in range(1, length) if not bool(allowed[i, 0])), length)
-    candidates = [Visibility(), Visibility(VisibilityKind.SLIDING, width), Visibility(VisibilityKind.CHUNKED, chunk)]
-    positions = torch.arange(length, device=allowed.device)
-    for candidate in candidates:
-        first = torch.tensor([candidate.first_visible(i) for i in range(length)], device=allowed.device)
-        expected = (positions[None] >= first[:, None]) & (positions[None] <= positions[:, None])
-        if bool((expected == allowed).all()):
-            return candidate
-    raise UnsupportedModelError("its mask is neither full, sliding nor chunked")
 
 
 def _shared_heads(key: Tensor, value: Tensor) -> tuple[int, Tensor | None]:

@@ -19,8 +19,8 @@ from torch.utils import _pytree
 from shardwright.adapt.counting import tensors_in
 from shardwright.errors import UnsupportedModelError
 
-_SOFTMAXES = {torch.softmax, torch.Tensor.softmax, F.softmax}
-_POWERS = {
+SOFTMAXES = {torch.softmax, torch.Tensor.softmax, F.softmax}
+POWERS = {
     torch.exp: 1.0, torch.Tensor.exp: 1.0, torch.exp_: 1.0, torch.Tensor.exp_: 1.0,
     torch.exp2: math.log(2), torch.Tensor.exp2: math.log(2), torch.Tensor.exp2_: math.log(2),
 }  # fmt: skip
@@ -105,16 +105,16 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def _note_scores(func: Any, args: Any, kwargs: Any, attention: AttentionTrace) -> None:
-    if func not in _SOFTMAXES and func not in _POWERS:
+    if func not in SOFTMAXES and func not in POWERS:
         return
     scores = args[0] if args else kwargs["input"]
     num_heads, length = attention.query.shape[:2]
     width = scores.shape[-1]
     if width < length or scores.numel() != num_heads * length * width:
-        if func in _POWERS:
+        if func in POWERS:
             return  # of the largest of each row, for example
         raise UnsupportedModelError(f"its softmax is over {tuple(scores.shape)}, not over the positions alone")
-    factor = _POWERS.get(func, 1.0)
+    factor = POWERS.get(func, 1.0)
     attention.scores, attention.blank = (
         tensor.detach().as_subclass(Tensor).reshape(num_heads, length, width) * factor
         for tensor in (scores, _blank(scores))

@@ -6,6 +6,7 @@ attention means (adapt/fit.py). While it serves, those calls are answered differ
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.dispatch import blank_masks
+from shardwright.adapt.far_fit import far_rows, fit_far
+from shardwright.adapt.far_scores import FarMode
 from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
@@ -33,6 +36,15 @@ SHORT_TRACE = 13
 LONG_TRACE = 509
 """Tokens of the trace that is fitted, if the model takes as many: windows up to this long are seen; the trace is
 longer for a model whose config names a longer one."""
+
+FAR_TRACES = (2048, 4096, 8192)
+"""Tokens of the traces that show masks and biases farther away; nothing else is computed in them."""
+
+MAX_FAR_BYTES = 1 << 30
+"""A trace that would make a larger tensor is left out,"""
+
+FAR_PATIENCE_S = 4.0
+"""and so is one that would take longer, by the clock of this process."""
 
 ROWS_TOLERANCE = 1e-2
 """Largest difference of logits, relative to the largest logit, that computing fewer rows of them may make."""
@@ -60,7 +72,8 @@ class InterceptedModel:
             fitted[number] = fit_attention(trace, f"attention {number}")
 
         # The long trace comes first, so that tables that grow with the prompt have grown.
-        long = self._trace(_long_trace(module, num_positions), fit)
+        num_near = _long_trace(module, num_positions)
+        long = self._trace(num_near, fit)
         with blank_masks():
             short, again = (self._trace(min(SHORT_TRACE, num_positions)) for _ in range(2))
         if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
@@ -75,7 +88,10 @@ class InterceptedModel:
             )
         for number in {*range(len(long.attentions))} - {*fitted}:
             fit(number, long.attentions[number])  # which says what is missing
-        self._attentions = with_biases([fitted[number] for number in range(len(fitted))], num_positions)
+        attentions = [fitted[number] for number in range(len(fitted))]
+        if num_positions > num_near:
+            attentions = self._fit_far(long, attentions, num_near, num_positions)
+        self._attentions = with_biases(attentions, num_positions)
         is_sdpa = all(trace.is_sdpa for trace in long.attentions)
         self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
@@ -112,6 +128,38 @@ class InterceptedModel:
             raise UnsupportedModelError(reason) from exc
         mode.finish(num_logits=logits_of(output).shape[1])
         return mode.trace
+
+    @torch.inference_mode()
+    def _fit_far(
+        self, trace: ForwardTrace, near: list[FittedAttention], num_near: int, num_positions: int
+    ) -> list[FittedAttention]:
+        """The attentions as they are at far positions too; each try reaches farther, while it costs little."""
+        precision = torch.finfo(next(self.module.parameters()).dtype).eps
+        attentions, largest_bytes, elapsed_s, reached = near, 0, 0.0, 1
+        for num_tokens in sorted({min(length, num_positions) for length in FAR_TRACES if length > num_near}):
+            growth = (num_tokens / reached) ** 2
+            if largest_bytes * growth > MAX_FAR_BYTES or elapsed_s * growth > FAR_PATIENCE_S:
+                break
+            started = time.process_time()
+            rows = far_rows(num_near, num_tokens, next(self.module.parameters()).device)
+            mode = FarMode(self.module, trace, rows, num_tokens=num_tokens, vocab_size=self._vocab_size)
+            tokens, arguments = self._example(num_tokens)
+            failure = ""
+            try:
+                with mode:
+                    self.module(tokens, **arguments)
+            except Exception as exc:  # of the module's code, which may look at values
+                failure = f": {described(exc)}"
+            if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
+                raise UnsupportedModelError(
+                    f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}"
+                )
+            attentions = [
+                fit_far(attention, mode.found[i], rows, num_near=num_near, precision=precision)
+                for i, attention in enumerate(near)
+            ]
+            largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
+        return attentions
 
     @torch.inference_mode()
     def _head_of_rows(self, num_tokens: int) -> nn.Module | None:

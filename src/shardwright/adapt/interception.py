@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
-from shardwright.adapt.counting import TableSlice, Use, tensors_in
+from shardwright.adapt.counting import TableSlice, Use
 from shardwright.adapt.fit import FittedAttention
 from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.products import heads_of
 from shardwright.adapt.served_model import ForwardInputs
+from shardwright.adapt.stand_in import StandIn
 from shardwright.adapt.trace import ForwardTrace
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -139,35 +139,3 @@ class ServingMode(TorchFunctionMode):
         )
         output_HTV = output.transpose(0, 1)
         return output_HTV if attention.order is None else output_HTV[attention.order.argsort()]
-
-
-class StandIn(Tensor):
-    """In place of scores and weights that nobody computes: it has their shape and type, and no memory."""
-
-    @classmethod
-    def like(cls, meta: Tensor) -> StandIn:
-        """A stand-in with the shape and dtype of a tensor on "meta"."""
-        return meta.as_subclass(cls)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to:  # wherever it is sent, there is nothing to send
-            args = (args[0], *(a.dtype if isinstance(a, Tensor) else a for a in args[1:] if not _is_device(a)))
-            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
-            if len(args) == 1 and not kwargs:
-                return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*_pytree.tree_map(_on_meta, args), **_pytree.tree_map(_on_meta, kwargs))
-        if isinstance(result, Tensor):
-            return cls.like(result)
-        has_tensors = next(tensors_in(result), None) is not None
-        return _pytree.tree_map_only(Tensor, cls.like, result) if has_tensors else result
-
-
-def _is_device(value: Any) -> bool:
-    return isinstance(value, (torch.device, str))
-
-
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
-_ADDED = {torch.baddbmm, torch.Tensor.baddbmm}
+ADDED = {torch.baddbmm, torch.Tensor.baddbmm}
+"""Functions that add a product to their first argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def as_product(
     """
     if func in _MATMULS:
         operands = (*args, *kwargs.values())
-    elif func in _ADDED:
+    elif func in ADDED:
         operands = (*args[1:], *(kwargs[name] for name in ("batch1", "batch2") if name in kwargs))
     elif func is torch.einsum and isinstance(args[0], str):
         operands = (*args[1], *args[2:]) if isinstance(args[1], (tuple, list)) else args[1:]
@@ -66,7 +67,7 @@ def as_product(
 
 def without_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Tensor:
     """What a call that computes a product would give if that were all zero; `result` is what it gives."""
-    if func not in _ADDED:
+    if func not in ADDED:
         return torch.zeros_like(result)
     added = args[0] if args else kwargs["input"]
     beta = kwargs.get("beta", 1)
