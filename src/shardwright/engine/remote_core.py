@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import zmq
 
 from shardwright.config import EngineConfig
-from shardwright.engine.client import CoreClient, as_error
+from shardwright.engine.client import as_error
 from shardwright.engine.messages import (
     EngineInfo,
-    EngineOutput,
     EngineOutputs,
     EngineRequest,
+    Event,
     Failed,
-    PoolingOutput,
     PoolingRequest,
     SchedulerStats,
 )
@@ -31,6 +32,7 @@ class RemoteCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self._cores = Replicas(config)
+        self._received: deque[EngineOutputs] = deque()
         try:
             self.info: EngineInfo = self._cores.wait_until_ready()
         except BaseException:
@@ -39,7 +41,7 @@ class RemoteCore:
 
     @property
     def has_work(self) -> bool:
-        return self._cores.num_unfinished > 0
+        return self._cores.num_unfinished > 0 or bool(self._received)
 
     @property
     def stats(self) -> SchedulerStats:
@@ -60,39 +62,35 @@ class RemoteCore:
         self._cores.reset_prefix_cache()
 
     def step(self) -> EngineOutputs:
-        """Wait for what steps of the cores bring. Raises EngineDeadError if no core is left."""
-        outputs, pooled = self._receive(timeout_ms=None)
-        return EngineOutputs(outputs=outputs, stats=self._cores.stats, pooled=pooled)
+        """Wait for what the next step of a core brings. Raises EngineDeadError if no core is left."""
+        while not self._received:
+            self._receive(timeout_ms=None)
+        return self._received.popleft()
 
     def close(self) -> None:
         """End the cores."""
         self._cores.close()
 
-    def _receive(self, *, timeout_ms: int | None) -> tuple[list[EngineOutput], list[PoolingOutput]]:
-        """What all cores have sent, waiting until one has or has died."""
+    def _receive(self, *, timeout_ms: int | None) -> None:
+        """Take in what all cores have sent, waiting until one has or has died."""
         poller = zmq.Poller()
         clients = self._cores.clients
         for client in clients.values():
             poller.register(client.events, zmq.POLLIN)
             poller.register(client.sentinel, zmq.POLLIN)
         readable = dict(poller.poll(timeout_ms))
-        outputs: list[EngineOutput] = []
-        pooled: list[PoolingOutput] = []
         for index, client in clients.items():
             try:
                 while client.events.poll(0):
-                    self._take(index, client, outputs, pooled)
+                    self._take(index, client.receive_now())
                 if client.sentinel in readable:
                     raise EngineDeadError(client.obituary())
             except ShardwrightError as error:
                 self._cores.lose(index, error)
-        return outputs, pooled
 
-    def _take(self, index: int, client: CoreClient, outputs: list[EngineOutput], pooled: list[PoolingOutput]) -> None:
-        event = client.receive_now()
+    def _take(self, index: int, event: Event) -> None:
         if isinstance(event, Failed):
             raise as_error(event)
-        new = self._cores.take(index, event)
-        if new is not None:
-            outputs += new.outputs
-            pooled += new.pooled
+        outputs = self._cores.take(index, event)
+        if outputs is not None:
+            self._received.append(outputs)
