@@ -7,6 +7,7 @@ pipeline stages is dropped. The model's code runs on as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +21,13 @@ from shardwright.layers.parallel_module import DividedInput, GatheredOutput, Par
 from shardwright.layers.parallel_pieces import Pieces
 from shardwright.plans.groups import UnitKind
 from shardwright.plans.resolve import has_inputs_first
-from shardwright.plans.sizes import LocalSize, apply_sizes
+from shardwright.plans.sizes import LocalSize, apply_sizes, view_with
 from shardwright.plans.slices import ShardSlice
 from shardwright.plans.styles import DISPATCH, IDENTITY_EXPERT, ROUTER, Cut, Input, Output, Style
 from shardwright.plans.table import ParameterRow, ShardTable
+
+EXPERT_ROW_BYTES = 16
+"""Rows of experts' weights are a multiple of this, or torch does not multiply all experts in one call."""
 
 SKIPS_OTHERS = "_is_expert_parallel"
 """Attribute of Transformers' experts: their code leaves out choices whose index is the number of its experts."""
@@ -131,6 +135,8 @@ def _declare_sizes(held: nn.Module, rows: dict[str, ParameterRow], collectives: 
     for row in rows.values():
         if row.style.cut is Cut.EXPERTS:
             _declare_experts(held, row, collectives.rank)
+        if len(row.shape) == 3 and shape[row.name.rpartition(".")[2]][-1] * row.element_bytes % EXPERT_ROW_BYTES:
+            _avoid_grouped_products(held)
 
 
 def _declare_experts(held: nn.Module, row: ParameterRow, rank: int) -> None:
@@ -140,6 +146,13 @@ def _declare_experts(held: nn.Module, row: ParameterRow, rank: int) -> None:
             setattr(held, attribute, row.local_shape(rank)[0])
     if hasattr(held, SKIPS_OTHERS):
         setattr(held, SKIPS_OTHERS, True)
+
+
+def _avoid_grouped_products(held: nn.Module) -> None:
+    """Let Transformers' experts multiply one after another."""
+    config: Any = getattr(held, "config", None)
+    if getattr(config, "_experts_implementation", None) is not None:
+        held.config = view_with(config, _experts_implementation="eager")  # type: ignore[assignment]
 
 
 def _rows_by_module(table: ShardTable, stage: int) -> dict[str, dict[str, ParameterRow]]:

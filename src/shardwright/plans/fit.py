@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,16 @@ from shardwright.layers.collectives import Collectives
 from shardwright.plans.cut import cut
 from shardwright.plans.groups import UnitGroup, UnitKind, ranges_of
 from shardwright.plans.reads import changeable_reads, read_attribute
-from shardwright.plans.rehearsal import Call, difference, rehearse, table_below, with_made_up_weights
+from shardwright.plans.rehearsal import (
+    Call,
+    difference,
+    first_outputs,
+    rehearse,
+    table_below,
+    with_made_up_weights,
+)
 from shardwright.plans.sizes import LocalSize
+from shardwright.plans.stack import find_stack
 from shardwright.plans.styles import Cut, Output
 from shardwright.plans.table import ShardTable
 
@@ -58,6 +67,15 @@ class Fit:
     misfits: tuple[Misfit, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Why a trial failed."""
+
+    reason: str
+    runs: bool
+    """The code runs, and gives another output."""
+
+
 @dataclass(slots=True)
 class _Kind:
     """Modules that are alike but for their weights."""
@@ -65,6 +83,8 @@ class _Kind:
     scopes: list[str] = field(default_factory=list)
     groups: list[UnitGroup] = field(default_factory=list)
     """Those cut in the first of them."""
+    sizes: set[int] = field(default_factory=set)
+    """Lengths of the dimensions that are cut."""
 
 
 def fit(module: nn.Module, table: ShardTable) -> Fit:
@@ -79,8 +99,7 @@ def fit(module: nn.Module, table: ShardTable) -> Fit:
     kinds = list(_kinds(module, table)) if table.tp > 1 else []
     if not kinds:
         return Fit()
-    taken = {size for kind in kinds for group in kind.groups for size in _local_sizes(group, table)}
-    num_tokens = next((n for n in NUM_TOKENS if n not in taken), NUM_TOKENS[-1])
+    num_tokens = _num_tokens(kinds)
     try:
         calls = rehearse(module, [kind.scopes[0] for kind in kinds], num_tokens=num_tokens)
     except Exception as exc:  # of the model's code
@@ -98,7 +117,46 @@ def fit(module: nn.Module, table: ShardTable) -> Fit:
             misfits.append(Misfit(tuple(kind.scopes), found))
         else:
             sizes += [replace(size, module=_below(scope, size.module)) for scope in kind.scopes for size in found]
+    if misfits:  # alone, a module may have been given something whole that another one, cut, would give it in parts
+        wrong = disagreeing(module, table, sizes)
+        misfits = [misfit for misfit in misfits if misfit.modules[0] in wrong]
     return Fit(tuple(sizes), tuple(misfits))
+
+
+def disagreeing(module: nn.Module, table: ShardTable, sizes: Iterable[LocalSize]) -> dict[str, tuple[str, ...]]:
+    """Modules that give another output than those of the whole model when all ranks run the model together.
+
+    Args:
+        module: the whole model; left as it is.
+        table: its plan, resolved.
+        sizes: attributes that change.
+
+    Returns: of every kind of module that is cut and goes wrong, or is not reached, the first to all.
+    """
+    from shardwright.plans.prove.threads import run_ranks  # whose room imports this module
+
+    kinds = list(_kinds(module, table))
+    one_stage = replace(table, pp=1, parameters=tuple(replace(row, stages=(0,)) for row in table.parameters))
+    firsts = [kind.scopes[0] for kind in kinds]
+    num_tokens, sizes = _num_tokens(kinds), list(sizes)
+    expected: dict[str, Tensor] = {}
+    outputs: list[dict[str, Tensor]] = [{} for _ in range(table.tp)]
+
+    def run(collectives: Collectives) -> None:
+        part = with_made_up_weights(module)
+        cut(part, one_stage, stage=0, collectives=collectives, sizes=sizes)
+        first_outputs(part, firsts, outputs[collectives.rank], num_tokens=num_tokens)
+
+    with suppress(Exception):  # of the model's code: outputs end there
+        first_outputs(with_made_up_weights(module), firsts, expected, num_tokens=num_tokens)
+        run_ranks(table.tp, run)
+
+    def is_right(name: str) -> bool:
+        return name in expected and all(
+            name in found and difference(found[name], expected[name]) <= TOLERANCE for found in outputs
+        )
+
+    return {kind.scopes[0]: tuple(kind.scopes) for kind in kinds if not is_right(kind.scopes[0])}
 
 
 class _Trials:
@@ -122,15 +180,14 @@ class _Trials:
             return f"its code cannot be tried out alone: {type(exc).__name__}: {_first_line(exc)}"
         if not expected.isfinite().all() or not expected.any():
             return "its code cannot be tried out: with made-up weights it gives no numbers"
-        first = self._problem((), expected)
-        if first is None:
-            return ()
-        for trial in itertools.islice(self._choices(reads), MOST_TRIALS):
-            if self._problem(trial, expected) is None:
+        problems: list[_Problem] = []
+        for trial in itertools.islice(itertools.chain([()], self._choices(reads)), MOST_TRIALS):
+            if (problem := self._problem(trial, expected)) is None:
                 return trial
-        return first
+            problems.append(problem)
+        return next((p for p in problems if p.runs), problems[0]).reason
 
-    def _problem(self, sizes: tuple[LocalSize, ...], expected: Tensor) -> str | None:
+    def _problem(self, sizes: tuple[LocalSize, ...], expected: Tensor) -> _Problem | None:
         """What is wrong with the outputs of the ranks; None if they are what the whole module gives."""
         from shardwright.plans.prove.threads import run_ranks  # whose room imports this module
 
@@ -143,22 +200,33 @@ class _Trials:
             with torch.no_grad():
                 outputs = run_ranks(self.table.tp, run)
         except Exception as exc:  # of the model's code
-            return _explained(exc, self.instances[0])
+            return _Problem(_explained(exc, self.instances[0]), runs=False)
+        if any(output.shape != expected.shape for output in outputs):
+            shapes = ", ".join(str(list(output.shape)) for output in outputs)
+            return _Problem(f"its output is {shapes} on the ranks, and {list(expected.shape)} as a whole", runs=False)
         worst = max(difference(output, expected) for output in outputs)
         if worst <= TOLERANCE:
             return None
-        return (
-            f"its code runs on parts of its parameters but gives another output (by {worst:.0%}): something in "
+        reason = (
+            f"its code runs on parts of its parameters but gives another output (off by {worst:.0%}): something in "
             f"{type(self.instances[0]).__name__} depends on how many heads or features there are, or which"
         )
+        return _Problem(reason, runs=True)
 
     def _choices(self, reads: dict[tuple[str, str], Any]) -> Iterator[tuple[LocalSize, ...]]:
         """Sets of changes, small ones first."""
         options: list[list[LocalSize]] = []
         local: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for group in self.groups:
-            for whole, parts in _local_sizes(group, self.whole_table).items():
-                local[whole] += [part for part in parts if part not in local[whole]]
+        for whole, parts in itertools.chain(
+            *(_group_sizes(group, self.whole_table) for group in self.groups),
+            (
+                (row.shape[row.dim], tuple(row.pieces(self.table.tp)))
+                for row in self.table.parameters
+                if row.dim is not None
+            ),
+        ):
+            if parts not in local[whole]:
+                local[whole].append(parts)
         for (name, attribute), value in reads.items():
             if self._is_the_same_everywhere(name, attribute, value):
                 changed = [LocalSize(name, attribute, values) for values in _changed(value, local)]
@@ -175,24 +243,44 @@ class _Trials:
 
 def _kinds(module: nn.Module, table: ShardTable) -> Iterator[_Kind]:
     """Modules that hold cut parameters, the largest where one is in another, alike ones together."""
-    cut_groups: dict[str, list[UnitGroup]] = defaultdict(list)
+    scopes: dict[str, list[UnitGroup]] = defaultdict(list)
+    grouped: set[str] = set()
+    stack = find_stack(module)
+    layers = frozenset(stack.layers if stack is not None else ())
+
+    def layer_of(name: str) -> str:
+        levels = name.split(".")
+        return next((above for d in range(len(levels)) if (above := ".".join(levels[:d])) in layers), "")
+
     for group in table.groups:
         rows = [(member, table.by_name.get(member.name)) for member in group.members]
         names = [member.name for member, row in rows if row is not None and row.dim == member.dim]
-        if names and group.kind is not UnitKind.VOCABULARY and (scope := _scope(names, table)):
-            cut_groups[scope].append(group)
-    outer = [s for s in cut_groups if not any(s.startswith(f"{other}.") for other in cut_groups)]
+        grouped.update(names)
+        if group.kind is not UnitKind.VOCABULARY:
+            for _, held in itertools.groupby(sorted(names, key=layer_of), layer_of):  # layers may share keys and values
+                scopes[_scope(list(held), table)].append(group)
+    for row in table.parameters:
+        is_lookup = row.style.cut in (Cut.VOCABULARY, Cut.EMBEDDING)
+        if row.dim is not None and not is_lookup and not grouped & {row.name, *row.aliases}:
+            scopes.setdefault(_scope([row.name, f"{row.name.rpartition('.')[0].rpartition('.')[0]}."], table), [])
+    scopes.pop("", None)
+    outer = [s for s in scopes if not any(s.startswith(f"{other}.") for other in scopes)]
     kinds: dict[Any, _Kind] = {}
     for scope in outer:
-        groups = [g for s, held in cut_groups.items() if s == scope or s.startswith(f"{scope}.") for g in held]
+        groups = [g for s, held in scopes.items() if s == scope or s.startswith(f"{scope}.") for g in held]
         below = table_below(table, scope)
-        held = module.get_submodule(scope)
         rows_key = tuple((r.name, r.shape, r.dim, r.ranges) for r in below.parameters)
-        key = type(held), rows_key, tuple(below.modules.items())
-        kind = kinds.setdefault(key, _Kind())
+        key = type(module.get_submodule(scope)), rows_key, tuple(below.modules.items())
+        kind = kinds.setdefault(
+            key, _Kind(groups=groups, sizes={r.shape[r.dim] for r in below.parameters if r.dim is not None})
+        )
         kind.scopes.append(scope)
-        kind.groups = kind.groups or groups
     yield from kinds.values()
+
+
+def _num_tokens(kinds: list[_Kind]) -> int:
+    taken = {size for kind in kinds for size in kind.sizes} | {g.units for kind in kinds for g in kind.groups}
+    return next((n for n in NUM_TOKENS if n not in taken), NUM_TOKENS[-1])
 
 
 def _scope(names: list[str], table: ShardTable) -> str:
@@ -210,34 +298,31 @@ def _scope(names: list[str], table: ShardTable) -> str:
     return ".".join(levels[: sums[0]] if sums else levels)
 
 
-def _local_sizes(group: UnitGroup, table: ShardTable) -> dict[int, list[tuple[int, ...]]]:
-    """Sizes of the whole that code may ask for, and what each may be on the ranks."""
+def _cut_sizes(table: ShardTable) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Lengths of the dimensions that are cut, each with what it is on the ranks."""
+    for row in table.parameters:
+        if row.dim is not None:
+            yield row.shape[row.dim], tuple(row.pieces(table.tp))
+
+
+def _group_sizes(group: UnitGroup, table: ShardTable) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Sizes of the whole that code may ask for, each with what it may be on the ranks."""
     pieces = group.pieces(table.tp)
-    found: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-
-    def add(whole: int, parts: tuple[int, ...]) -> None:
-        if parts not in found[whole]:
-            found[whole].append(parts)
-
+    owned = tuple(stop - start for start, stop in pieces)
+    if group.kind is not UnitKind.FEATURES:
+        yield group.units, owned
     for member in group.members:
         row = table.by_name.get(member.name)
         if row is None or row.dim != member.dim:
             continue
-        ranges = [ranges_of(member, group.units, piece) for piece in pieces]
-        size = (member.segments[0][1] - member.segments[0][0]) // member.units
-        units = tuple((held[0][1] - held[0][0]) // size for held in ranges)
+        held = [ranges_of(member, group.units, piece) for piece in pieces]
         for number, (start, stop) in enumerate(member.segments):
-            add(stop - start, tuple(held[number][1] - held[number][0] for held in ranges))
-        add(
-            sum(stop - start for start, stop in member.segments),
-            tuple(sum(stop - start for start, stop in held) for held in ranges),
-        )
-        if group.kind is not UnitKind.FEATURES:
-            owned = tuple(stop - start for start, stop in pieces)
-            add(group.units, owned)
-            add(member.units, units)
-            add(group.units // member.units, tuple(own // held for own, held in zip(owned, units, strict=True)))
-    return {whole: parts for whole, parts in found.items() if whole > 1 or len(parts) > 1}
+            yield stop - start, tuple(ranges[number][1] - ranges[number][0] if ranges else 0 for ranges in held)
+        if group.kind is not UnitKind.FEATURES and all(held):
+            size = (member.segments[0][1] - member.segments[0][0]) // member.units
+            units = tuple((ranges[0][1] - ranges[0][0]) // size for ranges in held)
+            yield member.units, units
+            yield group.units // member.units, tuple(own // unit for own, unit in zip(owned, units, strict=True))
 
 
 def _changed(value: Any, local: dict[int, list[tuple[int, ...]]]) -> Iterator[tuple[Any, ...]]:

@@ -79,7 +79,7 @@ def _is_record(value: Any) -> bool:
     """Whether a value is an object that may hold sizes: a config, whatever it is called."""
     if isinstance(value, dict):
         return bool(value) and all(isinstance(key, str) for key in value) and any(_is_size(v) for v in value.values())
-    is_instance = not isinstance(value, type | nn.Module) and hasattr(value, "__dict__")
+    is_instance = not isinstance(value, type | nn.Module) and not callable(value) and hasattr(value, "__dict__")
     return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or (
         is_instance and any(_is_size(held) for held in vars(value).values())
     )

@@ -69,10 +69,41 @@ def rehearse(module: nn.Module, names: Iterable[str], *, num_tokens: int) -> dic
 
     for name in wanted:
         made_up.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(made_up.forward).parameters else {}
-    with suppress(_Enough):
-        made_up(torch.arange(1, num_tokens + 1)[None], **options)
+    _run(made_up, num_tokens)
     return calls
+
+
+@torch.no_grad()
+def first_outputs(module: nn.Module, names: Iterable[str], outputs: dict[str, Tensor], *, num_tokens: int) -> None:
+    """Run a model on a few tokens until some of its modules have been called.
+
+    Args:
+        module: gets hooks.
+        names: qualified names of modules in it.
+        outputs: filled with the first tensor of what each of them first returns.
+        num_tokens: length of the one sequence.
+
+    Raises: whatever the model's code raises.
+    """
+    wanted = set(names)
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            outputs.setdefault(name, first_tensor(output).clone())
+            if outputs.keys() == wanted:
+                raise _Enough
+
+        return hook
+
+    for name in wanted:
+        module.get_submodule(name).register_forward_hook(after(name))
+    _run(module, num_tokens)
+
+
+def _run(module: nn.Module, num_tokens: int) -> None:
+    options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    with suppress(_Enough):
+        module(torch.arange(1, num_tokens + 1)[None], **options)
 
 
 def difference(output: Tensor, expected: Tensor) -> float:

@@ -65,11 +65,14 @@ def apply_sizes(module: nn.Module, sizes: Iterable[LocalSize], rank: int) -> Non
         owner = module.get_submodule(size.module)
         holder, _, name = size.attribute.rpartition(".")
         value = size.values[rank]
-        if not holder:
+        if holder:
+            setattr(owner, holder, view_with(getattr(owner, holder), **{name: value}))
+        else:
             setattr(owner, name, value)
-            continue
-        view = getattr(owner, holder)
-        if not isinstance(view, LocalView):
-            view = LocalView(view)
-            setattr(owner, holder, view)
-        object.__getattribute__(view, "_local")[name] = value
+
+
+def view_with(original: Any, **local: Any) -> LocalView:
+    """An object, or a view of one, as seen by one more module for which some attributes or items are others."""
+    view = LocalView(original)
+    object.__getattribute__(view, "_local").update(local)
+    return view
