@@ -15,13 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
-from shardwright.cli import bench, chat, complete, inspect, models, run, serve
+from shardwright.cli import bench, chat, complete, inspect, models, plan, run, serve
 from shardwright.cli.errors import exit_code, message
 from shardwright.cli.help import examples
 from shardwright.cli.output import print_error, show_logs
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (run, serve, complete, chat, models, inspect, bench):
+for command in (run, serve, complete, chat, models, inspect, plan, bench):
     command.register(app)
 
 

@@ -21,7 +21,8 @@ def check_coverage(subject: Subject) -> Iterator[Finding]:
     told: set[str] = set()
     kinds: dict[tuple[str, ...], list[UnitGroup]] = {}
     for group in sorted(subject.groups, key=lambda g: ORDER.index(g.kind)):
-        names = tuple(dict.fromkeys(subject.lacking(subject.by_name[m.name]) for m in group.members))
+        members = sorted((subject.by_name[m.name] for m in group.members), key=lambda w: len(w.shape) < 2)
+        names = tuple(dict.fromkeys(subject.lacking(w) for w in members))
         kinds.setdefault(names, []).append(group)
     for names, groups in kinds.items():
         weights = {w.name: w for g in groups for m in g.members for w in [subject.by_name[m.name]]}
