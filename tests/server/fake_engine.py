@@ -88,6 +88,7 @@ class AlphabetEngine:
         self.info = msgspec.structs.replace(INFO, task=task)
         self.tokenizer = AsciiTokenizer(has_chat_template=has_chat_template)
         self.stats = SchedulerStats(num_blocks=INFO.num_blocks, num_free_blocks=INFO.num_blocks)
+        self.other_replicas: list[tuple[SchedulerStats, bool]] = []
         self.is_alive = True
         self.requests: dict[str, tuple[str | list[int], SamplingParams, int]] = {}
         self.running: set[str] = set()
@@ -96,6 +97,10 @@ class AlphabetEngine:
         """When set, every step takes one permit."""
         self.dies_after: int | None = None
         """Steps of a request after which the engine is dead."""
+
+    @property
+    def replica_stats(self) -> list[tuple[SchedulerStats, bool]]:
+        return [(self.stats, True), *self.other_replicas]
 
     async def generate(
         self,

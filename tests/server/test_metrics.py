@@ -43,6 +43,7 @@ async def test_state_of_the_engine_is_read_at_every_scrape(client: httpx.AsyncCl
         num_preemptions=5,
         num_prefix_query_tokens=100,
         num_prefix_hit_tokens=40,
+        num_restarts=1,
     )
     values = await scrape(client)
     assert values["num_requests_running"] == 3
@@ -51,7 +52,26 @@ async def test_state_of_the_engine_is_read_at_every_scrape(client: httpx.AsyncCl
     assert values["preemptions_total"] == 5
     assert values["prefix_cache_queries_total"] == 100
     assert values["prefix_cache_hits_total"] == 40
+    assert values["engine_restarts_total"] == 1
+    assert values["kv_cache_blocks"] == 32
     assert values["engine_up"] == 1
+
+
+async def test_replicas_have_values_of_their_own(client: httpx.AsyncClient, engine: AlphabetEngine) -> None:
+    engine.stats = SchedulerStats(num_running=3, num_steps=10, num_blocks=32, num_free_blocks=8)
+    engine.other_replicas = [(SchedulerStats(num_running=0, num_steps=20, num_restarts=2), False)]
+    values = await scrape(client)
+    assert [values[f'num_requests_running{{replica="{i}"}}'] for i in range(2)] == [3, 0]
+    assert [values[f'kv_cache_usage_ratio{{replica="{i}"}}'] for i in range(2)] == [0.75, 0]
+    assert [values[f'engine_steps_total{{replica="{i}"}}'] for i in range(2)] == [10, 20]
+    assert [values[f'engine_restarts_total{{replica="{i}"}}'] for i in range(2)] == [0, 2]
+    assert [values[f'engine_up{{replica="{i}"}}'] for i in range(2)] == [1, 0]
+    assert "engine_up" not in values
+
+
+async def test_a_dead_engine_is_not_up(client: httpx.AsyncClient, engine: AlphabetEngine) -> None:
+    engine.is_alive = False
+    assert (await scrape(client))["engine_up"] == 0
 
 
 async def test_requests_that_fail_are_counted_by_why(client: httpx.AsyncClient, engine: AlphabetEngine) -> None:

@@ -48,6 +48,11 @@ class ServedEngine(Protocol):
     def stats(self) -> SchedulerStats: ...
 
     @property
+    def replica_stats(self) -> list[tuple[SchedulerStats, bool]]:
+        """Per replica, the state of its scheduler, and whether it takes requests."""
+        ...
+
+    @property
     def is_alive(self) -> bool: ...
 
     def generate(

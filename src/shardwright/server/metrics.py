@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from shardwright.engine.messages import SchedulerStats
 from shardwright.errors import UsageError
 from shardwright.outputs import FinishReason, RequestOutput
 from shardwright.server.engine import ServedEngine
@@ -118,31 +119,60 @@ class RequestObservation:
         self._metrics.latency.observe(time.perf_counter() - self._arrival_s)
 
 
+GAUGES: dict[str, tuple[str, Callable[[SchedulerStats], float]]] = {
+    "num_requests_running": ("Sequences in the running batch.", lambda stats: stats.num_running),
+    "num_requests_waiting": ("Sequences waiting for room.", lambda stats: stats.num_waiting),
+    "kv_cache_usage_ratio": (
+        "Share of KV cache blocks that sequences hold, 0 to 1.",
+        lambda stats: stats.kv_cache_usage,
+    ),
+}
+COUNTERS: dict[str, tuple[str, Callable[[SchedulerStats], float]]] = {
+    "prefix_cache_queries": (
+        "Prompt tokens looked up in the prefix cache.",
+        lambda stats: stats.num_prefix_query_tokens,
+    ),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.num_prefix_hit_tokens),
+    "preemptions": ("Sequences put back for lack of blocks.", lambda stats: stats.num_preemptions),
+    "engine_steps": ("Steps of the engine.", lambda stats: stats.num_steps),
+    "engine_restarts": (
+        "Times that ranks, or a replica, were lost and started anew.",
+        lambda stats: stats.num_restarts,
+    ),
+}
+
+
 class EngineState(Collector):
-    """The engine's own counters and gauges, read at every scrape."""
+    """The engine's own counters and gauges, read at every scrape; with the label `replica` where there are several."""
 
     def __init__(self, engine: ServedEngine, *, version: str) -> None:
         self._engine = engine
         self._version = version
 
     def collect(self) -> Iterable[Metric]:
-        info, stats = self._engine.info, self._engine.stats
-        labels = {"model": info.model, "dtype": info.dtype, "device": info.device, "version": self._version}
-        yield InfoMetricFamily("shardwright_server", "What is served.", labels)
-        gauges = {
-            "num_requests_running": ("Sequences in the running batch.", stats.num_running),
-            "num_requests_waiting": ("Sequences waiting for room.", stats.num_waiting),
-            "kv_cache_usage_ratio": ("Share of KV cache blocks that sequences hold, 0 to 1.", stats.kv_cache_usage),
-            "kv_cache_blocks": ("Blocks of the KV cache.", stats.num_blocks or info.num_blocks),
-            "engine_up": ("1 while the engine runs.", float(self._engine.is_alive)),
-        }
-        counters = {
-            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_query_tokens),
-            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.num_prefix_hit_tokens),
-            "preemptions": ("Sequences put back for lack of blocks.", stats.num_preemptions),
-            "engine_steps": ("Steps of the engine.", stats.num_steps),
-        }
-        for name, (help, value) in gauges.items():
-            yield GaugeMetricFamily(f"shardwright_{name}", help, value)
-        for name, (help, value) in counters.items():
-            yield CounterMetricFamily(f"shardwright_{name}", help, value)
+        info, states = self._engine.info, self._engine.replica_stats
+        names = {"model": info.model, "dtype": info.dtype, "device": info.device, "version": self._version}
+        yield InfoMetricFamily("shardwright_server", "What is served.", names)
+        stats = [one for one, _ in states]
+        for name, (help, value) in GAUGES.items():
+            yield _gauge(name, help, [value(one) for one in stats])
+        yield _gauge("kv_cache_blocks", "Blocks of the KV cache.", [one.num_blocks or info.num_blocks for one in stats])
+        up = [float(is_up and self._engine.is_alive) for _, is_up in states]
+        yield _gauge("engine_up", "1 while the engine runs.", up)
+        for name, (help, value) in COUNTERS.items():
+            family = CounterMetricFamily(f"shardwright_{name}", help, labels=_labels(stats))
+            yield _filled(family, [value(one) for one in stats])
+
+
+def _gauge(name: str, help: str, values: Sequence[float]) -> Metric:
+    return _filled(GaugeMetricFamily(f"shardwright_{name}", help, labels=_labels(values)), values)
+
+
+def _labels(values: Sequence[object]) -> list[str]:
+    return ["replica"] if len(values) > 1 else []
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Sequence[float]) -> Metric:
+    for index, value in enumerate(values):
+        family.add_metric([str(index)] if len(values) > 1 else [], value)
+    return family
