@@ -8,7 +8,7 @@ embedding, or by nothing but positions, without a name being looked at.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,13 +207,27 @@ class _Tracer(TorchDispatchMode):
                 output = forward(*args, **kwargs)
             finally:
                 self._running = None
-            for _, tensor in tensors_with_paths(output):
-                if id(tensor) not in self._held:
-                    self._of_tensor[tensor] = self._node(self._nodes_of(tensor), index)
+            output = self._given_away(output, index)
             self.calls.append(LayerCall(self.layers[index], template, _template(output), arguments))
             return output
 
         return run
+
+    def _given_away(self, output: Any, layer: int) -> Any:
+        """A layer's output with tensors that nobody else holds: what the layer keeps of it stays on its stage."""
+        if isinstance(output, Tensor):
+            if id(output) in self._held:
+                return output
+            with self._pause():
+                given = output.view_as(output)
+            self._of_tensor[given] = self._node(self._nodes_of(output), layer)
+            return given
+        if isinstance(output, tuple):
+            return rebuilt(output, [self._given_away(item, layer) for item in output])
+        if isinstance(output, list | MutableMapping):
+            for key in range(len(output)) if isinstance(output, list) else list(output):
+                output[key] = self._given_away(output[key], layer)
+        return output
 
     def _module(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

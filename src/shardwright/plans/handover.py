@@ -58,17 +58,18 @@ def _reaching(flow: Dataflow) -> list[bool]:
     return reaching
 
 
-def handover(flow: Dataflow, first: int, last: int, held: Collection[str]) -> Handover:
+def handover(flow: Dataflow, first: int, last: int, held: Collection[str], *, sent: Collection[Path] = ()) -> Handover:
     """What the stage of layers `first` to `last` (not included) is given.
 
     Args:
         flow: of the whole model.
         first, last: numbers of layers.
         held: names of the parameters that the stage holds.
+        sent: arguments that it hands over to the next stage.
 
     Raises: PlanError if it needs something that cannot be handed over.
     """
-    view = _View(flow, first, last, held)
+    view = _View(flow, first, last, held, sent)
     found = view.handover()
     if found is None:
         raise PlanError(view.complaint())
@@ -80,8 +81,12 @@ def needed_parameters(flow: Dataflow, first: int, last: int) -> frozenset[str]:
     computes with once it is given what it can be.
     """
     everything = frozenset(flow.parameters)
+    sent: Collection[Path] = ()
+    if last < len(flow.layers):
+        before = _View(flow, 0, last, everything).needed_parameters()
+        sent = _View(flow, last, len(flow.layers), everything - before).missing_arguments()
     before = _View(flow, 0, first, everything).needed_parameters() if first > 0 else frozenset()
-    return _View(flow, first, last, everything - before).needed_parameters()
+    return _View(flow, first, last, everything - before, sent).needed_parameters()
 
 
 class _View:
@@ -91,9 +96,12 @@ class _View:
         flow: of the whole model.
         first, last: layers of the stage.
         held: names of its parameters.
+        sent: arguments of the layer behind its last.
     """
 
-    def __init__(self, flow: Dataflow, first: int, last: int, held: Collection[str]) -> None:
+    def __init__(
+        self, flow: Dataflow, first: int, last: int, held: Collection[str], sent: Collection[Path] = ()
+    ) -> None:
         self._flow = flow
         self._first = first
         self._last = last
@@ -106,55 +114,73 @@ class _View:
         }
         self._owners = {name.rpartition(".")[0] for name, node in flow.parameters.items() if node in self._missing}
         self._given: set[int] = set()
+        self._results = list(flow.logits) if last == len(flow.layers) else []
+        for path in sent:
+            self._results += flow.calls[last].arguments[path].before
 
     def handover(self) -> Handover | None:
         """What makes the stage whole; None if nothing does."""
-        arguments = self._flow.calls[self._first].arguments
-        lost, needed = self._lost(), self._needed(len(self._flow.layers))
-        taken = {path: a for path, a in arguments.items() if any(lost[n] for n in a.before) and needed[a.node]}
-        self._given = {argument.node for argument in taken.values()}
-        modules = self._modules()
+        arguments = self.missing_arguments() if self._first > 0 else ()
+        self._given = {self._flow.calls[self._first].arguments[path].node for path in arguments}
+        modules = self._modules() if self._first > 0 else ()
         if self._first_lost() is not None:
             return None
-        needed = self._needed(self._last)
+        needed = self._needed(self._last, self._results)
         used = {call.name for call in self._flow.modules if any(needed[node] for node in call.nodes)}
         idle = frozenset(call.name for call in self._flow.modules) - used - frozenset(modules)
-        return Handover(tuple(taken), modules, idle)
+        return Handover(arguments, modules, idle)
+
+    def missing_arguments(self) -> tuple[Path, ...]:
+        """Of the stage's first layer, those that are not what they should be, and that it or a later stage needs."""
+        lost, needed = self._lost(), self._needed(len(self._flow.layers), self._flow.logits)
+        arguments = self._flow.calls[self._first].arguments
+        return tuple(path for path, a in arguments.items() if needed[a.node] and any(lost[n] for n in a.before))
 
     def needed_parameters(self) -> frozenset[str]:
         """Names of parameters, held or not, that the stage computes with."""
         self.handover()
-        needed = self._needed(self._last)
+        needed = self._needed(self._last, self._results)
         return frozenset(name for name, node in self._flow.parameters.items() if needed[node])
 
     def complaint(self) -> str:
         """What cannot be handed over."""
-        flow, lost = self._flow, self._lost()
-        node = self._first_lost()
+        flow, node = self._flow, self._first_lost()
         assert node is not None
-        layer = flow.nodes[node].layer
-        user = flow.layers[layer] if layer is not None else "the code behind the layers"
-        while (parent := next((p for p in flow.nodes[node].parents if lost[p]), None)) is not None:
-            node = parent
-        names = [name for name, number in flow.parameters.items() if number == node]
-        maker = flow.nodes[node].layer
-        if names:
+        user = _maker(flow, node, "the code behind the layers")
+        sources = self._sources(node)
+        makers = [_maker(flow, n, "code before the layers") for n in sources if n not in self._missing]
+        if makers:
             return (
-                f"{user} uses {names[0]}, which its pipeline stage does not hold: leave {names[0].rpartition('.')[0]} "
-                "out of the pipeline plan, and every stage holds it"
+                f"{user} uses what {makers[0]} made, past the layers between them: no stage may begin before "
+                f"{flow.layers[self._first]}"
             )
-        source = flow.layers[maker] if maker is not None else "code before the layers"
+        name = next(name for name, number in flow.parameters.items() if number in sources)
         return (
-            f"{user} uses what {source} made, past the layers between them: no stage may begin before "
-            f"{flow.layers[self._first]}"
+            f"{user} uses {name}, which its pipeline stage does not hold: leave {name.rpartition('.')[0]} out of the "
+            "pipeline plan, and every stage that needs it holds it"
         )
+
+    def _sources(self, node: int) -> list[int]:
+        """What a lost node is computed from and is not on this stage: parameters, and results of layers."""
+        lost, seen, pending, sources = self._lost(), set[int](), [node], []
+        while pending:
+            number = pending.pop()
+            if number in seen or not lost[number]:
+                continue
+            seen.add(number)
+            layer = self._flow.nodes[number].layer
+            if number in self._missing or (layer is not None and layer < self._first):
+                sources.append(number)
+            else:
+                pending += self._flow.nodes[number].parents
+        return sources
 
     def _modules(self) -> tuple[str, ...]:
         """Modules whose outputs must be given too, because arguments do not hold all that is lost; they are given."""
-        lost, needed = self._lost(), self._needed(self._last)
+        lost, needed = self._lost(), self._needed(self._last, self._results)
         wanted = {node for node, name in self._calls.items() if name in self._owners and lost[node] and needed[node]}
         self._given |= wanted
-        needed = self._needed(self._last)  # what comes before such a module may now be needed no more
+        needed = self._needed(self._last, self._results)  # what comes before such a module may now be needed no more
         kept = {node for node in wanted if any(needed[c] for c in self._children(node))}
         self._given -= wanted - kept
         names = [self._calls[node] for node in sorted(kept)]
@@ -167,8 +193,7 @@ class _View:
         """The first thing that the stage computes from what it does not have."""
         lost = self._lost()
         ours = [n for n, node in enumerate(self._flow.nodes) if self._is_own(node.layer)]
-        if self._last == len(self._flow.layers):
-            ours += self._flow.logits
+        ours += self._results
         return next((n for n in ours if lost[n]), None)
 
     def _lost(self) -> list[bool]:
@@ -185,13 +210,12 @@ class _View:
             )
         return lost
 
-    def _needed(self, last: int) -> list[bool]:
-        """Per node, whether layers from the stage's first to `last` (not included), or the logits, come from it."""
+    def _needed(self, last: int, results: Collection[int]) -> list[bool]:
+        """Per node, whether layers from the stage's first to `last` (not included), or the results, come from it."""
         nodes = self._flow.nodes
         needed = [node.layer is not None and self._first <= node.layer < last for node in nodes]
-        if last == len(self._flow.layers):
-            for number in self._flow.logits:
-                needed[number] = True
+        for number in results:
+            needed[number] = True
         for number in range(len(nodes) - 1, -1, -1):
             layer = nodes[number].layer
             runs = layer is None or layer >= self._first
@@ -205,3 +229,9 @@ class _View:
 
     def _is_own(self, layer: int | None) -> bool:
         return layer is not None and self._first <= layer < self._last
+
+
+def _maker(flow: Dataflow, node: int, otherwise: str) -> str:
+    """The layer that computes a node."""
+    layer = flow.nodes[node].layer
+    return flow.layers[layer] if layer is not None else otherwise

@@ -62,6 +62,11 @@ class Imitation:
         return torch.zeros(shape, dtype=form.dtype, device=device)
 
 
+def has_forms(given: Any) -> bool:
+    """Whether arguments have tensors, from which the size of what is returned can be told."""
+    return next(_forms(given), None) is not None
+
+
 def _forms(value: Any, path: Path = ()) -> Iterator[tuple[Path, Form]]:
     """Forms, and the paths of the tensors that they stand for."""
     if isinstance(value, Form):

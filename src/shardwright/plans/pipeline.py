@@ -27,7 +27,7 @@ from shardwright.errors import PlanError
 from shardwright.foreign_errors import described
 from shardwright.plans.dataflow import Dataflow, LayerCall, trace_dataflow
 from shardwright.plans.handover import Handover, handover
-from shardwright.plans.imitation import Imitation
+from shardwright.plans.imitation import Imitation, has_forms
 from shardwright.plans.links import (
     StageFailedError,
     StageFinishedError,
@@ -74,12 +74,14 @@ def plan_pipeline(module: nn.Module, table: ShardTable) -> Pipeline:
         be given.
     """
     flow = trace_dataflow(module, [layer for stage in table.stages for layer in stage.layers])
-    handovers, first = [Handover()], len(table.stages[0].layers)
-    for stage in table.stages[1:]:
+    handovers: list[Handover] = []
+    sent: tuple[Path, ...] = ()
+    last = len(flow.layers)
+    for stage in reversed(table.stages):
         held = {name for name, row in table.by_name.items() if stage.index in row.stages}
-        last = first + len(stage.layers)
-        handovers.append(handover(flow, first, last, held))
-        first = last
+        first = last - len(stage.layers)
+        handovers.insert(0, handover(flow, first, last, held, sent=sent))
+        sent, last = handovers[0].arguments, first
     return Pipeline(flow=flow, handovers=tuple(handovers))
 
 
@@ -123,7 +125,7 @@ class PipelineStage:
             for call in flow.calls[:first]:
                 module.get_submodule(call.name).forward = Imitation(call.given, call.returned, flow.writes_between)
             for other in flow.modules:
-                if other.name in pipeline.handovers[stage].idle:
+                if other.name in pipeline.handovers[stage].idle and has_forms(other.given):
                     module.get_submodule(other.name).forward = Imitation(other.given, other.returned, copies=True)
             for name in pipeline.handovers[stage].modules:
                 module.get_submodule(name).forward = self._received_output(name)
