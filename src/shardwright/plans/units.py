@@ -6,8 +6,7 @@ import logging
 
 from torch import nn
 
-from shardwright.plans.flow.collect import collect
-from shardwright.plans.flow.propagate import propagate
+from shardwright.plans.flow.follow import follow
 from shardwright.plans.flow.skeleton import trace_forward
 from shardwright.plans.groups import UnitGroup
 from shardwright.plans.names import groups_by_names
@@ -30,4 +29,4 @@ def unit_groups(module: nn.Module, plan: ParallelPlan) -> list[UnitGroup]:
             exc,
         )
         return groups_by_names(module, plan)
-    return collect(propagate(trace))
+    return follow(module, trace).groups

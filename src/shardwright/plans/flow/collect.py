@@ -71,7 +71,7 @@ def _bind_split(flow: Flow, labels: Labels) -> None:
 
 
 def users(flow: Flow) -> dict[int, Users]:
-    """Units that need each atom, by the least atom of what is bound together; a unit needs itself."""
+    """Units that need an atom, for each that is needed; by the least of what is bound together."""
     holders, needed = flow.atoms.needs()
     by_atom: dict[int, list[int]] = defaultdict(list)
     for holder, atom in zip(holders.tolist(), needed.tolist(), strict=True):
@@ -79,20 +79,19 @@ def users(flow: Flow) -> dict[int, Users]:
     found: dict[int, Users] = {}
 
     def of(atom: int, above: frozenset[int]) -> Users:
+        if atom not in by_atom:
+            return frozenset((atom,))
+        if atom in above:  # two that need each other
+            return frozenset()
         if atom not in found:
-            if atom in above:  # two that need each other
-                return frozenset()
-            inner = above | {atom}
-            made = frozenset[int]().union(*(of(holder, inner) for holder in by_atom.get(atom, ())))
-            if above & set(by_atom.get(atom, ())):
+            made = frozenset[int]().union(*(of(holder, above | {atom}) for holder in by_atom[atom]))
+            if above & set(by_atom[atom]):
                 return made
-            found[atom] = made or frozenset((atom,))
+            found[atom] = made
         return found[atom]
 
-    for axis in flow.axes:
-        for atom in np.unique(flow.atoms.find(axis.atoms)).tolist():
-            of(atom, frozenset())
-    found[0] = frozenset()
+    for atom in by_atom:
+        of(atom, frozenset())
     return found
 
 
@@ -112,8 +111,13 @@ class Ends:
     """Of each dimension of each parameter."""
     needed_by: dict[int, Users]
     closing: frozenset[int]
+    """Units."""
     connected: list[list[Origin]]
     """Dimensions that share units, directly or by others, in the order of the model."""
+
+    def users(self, atom: int) -> Users:
+        """Units that need an atom; none if every rank has it, or nothing comes of it."""
+        return self.needed_by.get(atom, frozenset((atom,))) & self.closing
 
     def closed(self, keys: Sequence[Origin]) -> list[Origin]:
         """Those of some dimensions that are rows."""
@@ -127,14 +131,20 @@ class Ends:
 
 def _ends(flow: Flow) -> Ends:
     needed_by = users(flow)
-    roots = {(axis.name, axis.dim): flow.atoms.find(axis.atoms) for axis in flow.axes}
-    closing = frozenset(_closed_atoms(flow).tolist())
-    touching = {
-        key: frozenset[int]().union(*(needed_by[a] for a in np.unique(found).tolist())) & closing
-        for key, found in roots.items()
-    }
-    connected = _connected({key: units for key, units in touching.items() if units})
-    return Ends(roots, needed_by, closing, connected)
+    closing = _closed_atoms(flow)
+    shared = np.array(sorted(needed_by), dtype=np.int64)
+    ends = Ends({}, needed_by, frozenset(closing.tolist()), [])
+    touching = {}
+    for axis in flow.axes:
+        found = flow.atoms.find(axis.atoms)
+        atoms = np.unique(found)
+        units = frozenset(atoms[np.isin(atoms, closing)].tolist())
+        units = units.union(*(ends.users(a) for a in atoms[np.isin(atoms, shared)].tolist()))
+        if units:
+            ends.roots[axis.name, axis.dim] = found
+            touching[axis.name, axis.dim] = units
+    ends.connected.extend(_connected(touching))
+    return ends
 
 
 def _closed_atoms(flow: Flow) -> Labels:
@@ -166,41 +176,37 @@ def _connected(touching: Mapping[Origin, frozenset[int]]) -> list[list[Origin]]:
 
 def _group(flow: Flow, keys: Sequence[Origin], ends: Ends) -> UnitGroup | None:
     """The group of dimensions that share units; None if there is one unit, or units are needed out of order."""
-    closed, roots, needed_by = ends.closed(keys), ends.roots, ends.needed_by
+    closed, roots = ends.closed(keys), ends.roots
     if not closed:
         return None
     order: dict[int, int] = {}
     for key in (*closed, *keys):
-        for atom in roots[key].tolist():
-            for unit in sorted(needed_by[atom]):
+        for atom in dict.fromkeys(roots[key].tolist()):
+            for unit in sorted(ends.users(atom)):
                 order.setdefault(unit, len(order))
     if len(order) < 2:
         return None
-    every = frozenset(order)
     members: list[Member] = []
     for name, dim in keys:
-        spans = []
-        for atom in roots[name, dim].tolist():
-            places = sorted(order[unit] for unit in (needed_by[atom] or every))
-            if places[-1] - places[0] + 1 != len(places):
+        atoms, place = np.unique(roots[name, dim], return_inverse=True)
+        spans = np.empty((len(atoms), 2), dtype=np.int64)
+        for row, atom in enumerate(atoms.tolist()):
+            needed = sorted(order[unit] for unit in ends.users(atom)) or range(len(order))
+            if needed[-1] - needed[0] + 1 != len(needed):
                 return None
-            spans.append((places[0], places[-1] + 1))
-        members += members_of(name, dim, pieces_of(spans), len(order))
-    atoms = flow.atoms.find(np.concatenate([np.zeros(1, np.int64), *(labels.ravel() for labels in flow.heads)]))
-    is_heads = bool(np.isin(atoms[atoms > 0], list(order)).any())
+            spans[row] = needed[0], needed[-1] + 1
+        members += members_of(name, dim, pieces_of(spans[place.ravel()]), len(order))
+    multiplied = [np.zeros(1, np.int64), *(labels.ravel() for labels in flow.heads)]
+    is_heads = bool(np.isin(flow.atoms.find(np.concatenate(multiplied)), list(order)).any())
     group = UnitGroup(UnitKind.HEADS if is_heads else UnitKind.FEATURES, len(order), tuple(members), "traced")
     return group if is_heads else coarser(group)
 
 
-def pieces_of(spans: Sequence[tuple[int, int]]) -> list[Piece]:
-    """Runs of indices that the same units need."""
-    pieces: list[Piece] = []
-    for index, (first, last) in enumerate(spans):
-        if pieces and (pieces[-1].first, pieces[-1].last) == (first, last):
-            pieces[-1] = Piece(pieces[-1].start, index + 1, first, last)
-        else:
-            pieces.append(Piece(index, index + 1, first, last))
-    return pieces
+def pieces_of(spans: Labels) -> list[Piece]:
+    """Runs of indices that the same units need, from [indices, 2] first and last unit of each."""
+    starts = [0, *(np.nonzero((spans[1:] != spans[:-1]).any(axis=1))[0] + 1).tolist()]
+    stops = [*starts[1:], len(spans)]
+    return [Piece(start, stop, *spans[start].tolist()) for start, stop in zip(starts, stops, strict=True)]
 
 
 def members_of(name: str, dim: int, pieces: Sequence[Piece], units: int) -> list[Member]:

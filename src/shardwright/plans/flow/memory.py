@@ -49,7 +49,11 @@ class Memory:
         flat = self._labels.get(ref.storage)
         if flat is None:
             return None
-        found = self.atoms.find(_compact(flat.as_strided(ref.size, ref.stride, ref.offset)).numpy())
+        found = _compact(flat.as_strided(ref.size, ref.stride, ref.offset)).numpy()
+        for axis, size in enumerate(found.shape):
+            if size > 1 and (found == (first := found.take([0], axis))).all():
+                found = first
+        found = self.atoms.find(found)
         return np.broadcast_to(found, ref.size) if found.any() else None
 
     def write(self, ref: Ref, labels: Labels | None) -> None:

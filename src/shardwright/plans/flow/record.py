@@ -10,14 +10,13 @@ computed for real, so code that looks at such values runs; choices that come fro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 MOST_REAL_ELEMENTS = 1 << 22
 """Larger tensors stay on "meta" though they could be computed."""
@@ -136,16 +135,16 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func).rpartition(".")[0]
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        tensors = tensors_in((args, kwargs))
         indexes = any(part in name for part in ("index", "gather", "scatter", "embedding"))
 
         def noted(value: Any) -> Any:
             return self.ref(value, with_value=indexes) if isinstance(value, Tensor) else value
 
-        taken = tree_map(noted, args), tree_map(noted, kwargs)
+        taken = mapped(args, noted), mapped(kwargs, noted)
         varies = any(t.device.type == "meta" or self.ref(t).storage in self._varying for t in tensors)
         result = compute(func, name, args, kwargs, tensors)
-        made = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
+        made = tensors_in(result)
         outputs = tuple(self.ref(value) for value in made)
         if varies:
             self._varying.update(out.storage for out in outputs)
@@ -178,11 +177,11 @@ def compute(func: Any, name: str, args: Any, kwargs: Any, tensors: Sequence[Tens
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         return value
 
-    result = func(*tree_map(moved, args), **tree_map(moved, kwargs))
+    result = func(*mapped(args, moved), **mapped(kwargs, moved))
     if name not in CHOICES:
         return result
     dim = kwargs.get("dim", next((a for a in args[2 if name == "aten.topk" else 1 :] if type(a) is int), -1))
-    return tree_map(lambda value: _made_up(value, target.shape[dim] if target.ndim else 1), result)
+    return mapped(result, lambda value: _made_up(value, target.shape[dim] if target.ndim else 1))
 
 
 CHOICES = frozenset(f"aten.{name}" for name in ("topk", "sort", "argsort", "argmax", "argmin", "max", "min"))
@@ -230,7 +229,7 @@ def watch(recorder: Recorder, module: nn.Module) -> None:
             except TypeError:
                 bound = {}
             given = {
-                argument: tree_map(lambda v: recorder.ref(v) if isinstance(v, Tensor) else ..., value)
+                argument: mapped(value, lambda v: recorder.ref(v) if isinstance(v, Tensor) else ...)
                 for argument, value in bound.items()
             }
             call = Call(name, stack[-1] if stack else None, given, first=len(trace.events))
@@ -241,7 +240,7 @@ def watch(recorder: Recorder, module: nn.Module) -> None:
             trace = recorder.trace
             number = recorder.stack.pop()
             call = trace.calls[number]
-            call.outputs = tuple(recorder.ref(v) for v in tree_flatten(as_plain(output))[0] if isinstance(v, Tensor))
+            call.outputs = tuple(recorder.ref(v) for v in tensors_in(output))
             trace.events.append(Exit(number))
             call.stop = len(trace.events)
 
@@ -249,6 +248,17 @@ def watch(recorder: Recorder, module: nn.Module) -> None:
         inner.register_forward_hook(leave, with_kwargs=True)
 
 
-def as_plain(output: Any) -> Any:
-    """A record of outputs, such as Transformers returns, as a list of what it holds."""
-    return list(output.values()) if isinstance(output, dict) else output
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """What is in lists, tuples and mappings, changed one by one."""
+    if isinstance(value, list | tuple):
+        return [mapped(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    return change(value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Tensors in lists, tuples and mappings, records of outputs such as Transformers returns among them."""
+    found: list[Tensor] = []
+    mapped(value, lambda item: found.append(item) if isinstance(item, Tensor) else None)
+    return found

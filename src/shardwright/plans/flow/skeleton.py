@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from shardwright.plans.flow.record import Recorder, Trace, as_plain, watch
+from shardwright.plans.flow.record import Recorder, Trace, tensors_in, watch
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def _trace(module: nn.Module, *, on_meta: bool) -> Trace:
     trace.inputs[first] = recorder.mark_varying(input_ids)
     with torch.compiler.set_stance("force_eager"), torch.no_grad(), recorder:
         output = skeleton(input_ids, **options)
-    trace.outputs = tuple(recorder.ref(v) for v in tree_flatten(as_plain(output))[0] if isinstance(v, Tensor))
+    trace.outputs = tuple(recorder.ref(v) for v in tensors_in(output))
     return trace
 
 

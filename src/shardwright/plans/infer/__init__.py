@@ -11,8 +11,7 @@ import logging
 from torch import nn
 
 from shardwright.errors import PlanError
-from shardwright.plans.flow.collect import collect
-from shardwright.plans.flow.propagate import propagate
+from shardwright.plans.flow.follow import follow
 from shardwright.plans.flow.skeleton import trace_forward
 from shardwright.plans.infer.pipeline import pipeline_of
 from shardwright.plans.infer.words import words_of
@@ -39,8 +38,7 @@ def infer_plan(module: nn.Module) -> ParallelPlan:
             "no plan can be inferred, for a forward pass of a few tokens fails without weights "
             f"({type(exc).__name__}: {exc}): give one with --tp-plan and --pp-plan"
         ) from exc
-    flow = propagate(trace)
-    tp = words_of(module, flow, collect(flow))
+    tp = words_of(module, follow(module, trace))
     pp = pipeline_of(module, trace)
     stack = find_stack(module)
     layers = stack.layers if stack is not None else ()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
+from shardwright.plans.flow.follow import Followed
 from shardwright.plans.flow.state import Flow
 from shardwright.plans.groups import Member, UnitGroup, UnitKind
 from shardwright.plans.patterns import generalize
@@ -30,24 +31,20 @@ smaller than one from hidden size to hidden size: else exchanging costs more tha
 SUM_OF_EXPERTS = "moe_tp_experts"
 
 
-def words_of(module: nn.Module, flow: Flow, groups: Sequence[UnitGroup]) -> dict[str, str]:
-    """The tensor-parallel part of a plan.
-
-    Args:
-        module: the model.
-        flow: what following its dataflow showed.
-        groups: of it.
-
-    Returns: patterns to words, in the order of the model's modules.
-    """
-    words: dict[str, str] = {}
-    for group in groups:
+def words_of(module: nn.Module, followed: Followed) -> dict[str, str]:
+    """The tensor-parallel part of a plan: patterns to words, in the order of the model's modules."""
+    flow, words = followed.flow, dict[str, str]()
+    for group in followed.groups:
+        if any(member.name not in flow.trace.refs for member in group.members):
+            continue  # of a layer that is like another
         if group.kind in (UnitKind.HEADS, UnitKind.FEATURES):
             words |= _cut(module, flow, group)
         elif group.kind is UnitKind.VOCABULARY:
             words |= _vocabulary(module, flow, group)
     words |= _gathered(module, flow, words)
-    return _patterns(module, flow, words)
+    return _patterns(
+        module, flow, {other: word for name, word in words.items() for other in followed.kinds.names(name)}
+    )
 
 
 def is_linear(owner: nn.Module) -> bool:
@@ -61,8 +58,11 @@ def _cut(module: nn.Module, flow: Flow, group: UnitGroup) -> dict[str, str]:
     segments: dict[tuple[str, int], int] = defaultdict(int)
     for member in group.members:
         segments[member.name, member.dim] += len(member.segments)
+    parted = {(m.name, m.dim) for m in group.members if m.units > 1 or m.span is not None}
     words: dict[str, str] = {}
     for member in group.members:
+        if (member.name, member.dim) not in parted:
+            continue  # every rank has all of it
         owner_name, _, leaf = member.name.rpartition(".")
         owner = module.get_submodule(owner_name)
         summed_by = closed_in.get((member.name, member.dim))
@@ -118,6 +118,8 @@ def _gathered(module: nn.Module, flow: Flow, words: Mapping[str, str]) -> dict[s
         if inside and name not in words and is_linear(owner):
             weight = owner.weight
             assert isinstance(weight, nn.Parameter)
+            if f"{name}.weight" not in flow.trace.refs:
+                continue  # of a layer that is like another
             if weight.numel() * SMALL >= hidden * hidden and min(weight.shape) * SMALL >= min(hidden, *weight.shape):
                 found[name] = COLUMN_GATHERED.name
     return found
