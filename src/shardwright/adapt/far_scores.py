@@ -18,19 +18,20 @@ from torch.utils import _pytree
 
 from shardwright.adapt.calls import OPENED, CallCounter
 from shardwright.adapt.counting import tensors_in
-from shardwright.adapt.followed import POWERS, SOFTMAXES
+from shardwright.adapt.followed import POWERS, SOFTMAXES, is_in_place
 from shardwright.adapt.products import ADDED, without_product
 from shardwright.adapt.stand_in import StandIn, answer_of_zeros
 from shardwright.adapt.trace import ForwardTrace
+from shardwright.errors import UnsupportedModelError
 
 _BY_ELEMENT = {
     "add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "mul", "imul", "rmul", "multiply", "div", "itruediv",
     "truediv", "divide", "true_divide", "neg", "abs", "where", "masked_fill", "tanh", "atan", "float", "half", "double",
     "bfloat16", "to", "type", "type_as", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "dropout",
     "clone", "contiguous", "detach", "nan_to_num", "setitem", "cat", "concat", "softmax", "exp", "exp2", "max", "amax",
-    "sum", "logsumexp", "log_softmax",
+    "sum", "logsumexp", "log_softmax", "getitem", "permute", "transpose",
 }  # fmt: skip
-"""Functions, without underscores, that treat the rows of scores alike."""
+"""Functions, without underscores, that treat the rows of scores alike, if these come out where they were."""
 
 _TYPES = {"to", "type", "type_as"}
 """Those of them that may take the type of another tensor."""
@@ -194,6 +195,8 @@ class FarScores(StandIn):
         name = func.__name__.strip("_")
         has_others = any(isinstance(t, StandIn) and not isinstance(t, FarScores) for t in tensors_in((args, kwargs)))
         if name not in _BY_ELEMENT or (has_others and name not in _TYPES):
+            if is_in_place(func):
+                raise UnsupportedModelError(f"its scores are changed by {func.__name__}")
             return None
         with torch._C.DisableTorchFunctionSubclass():
             return func(*self.watch.picked(args), **self.watch.picked(kwargs))
@@ -203,8 +206,9 @@ class FarScores(StandIn):
             return result
 
         def follow(one: Any, other: Any) -> Any:
-            is_followed = isinstance(one, Tensor) and one.ndim >= 2 and other.shape == _with_rows(one, other)
-            return FarScores.of(one, other, self.number, self.watch) if is_followed else one
+            has_rows = isinstance(one, Tensor) and one.ndim >= 2 and one.shape[-2] == self.watch.num_tokens
+            shape = (*one.shape[:-2], len(self.watch.rows), one.shape[-1]) if has_rows else None
+            return FarScores.of(one, other, self.number, self.watch) if has_rows and other.shape == shape else one
 
         return _pytree.tree_map(follow, result, blank)
 
@@ -212,7 +216,3 @@ class FarScores(StandIn):
         if isinstance(scores, FarScores) and scores.shape[-1] >= self.watch.num_tokens:
             rows = scores.blank.reshape(-1, *scores.blank.shape[-2:]) * factor
             self.watch.found.setdefault(scores.number, rows)
-
-
-def _with_rows(scores: Tensor, blank: Tensor) -> tuple[int, ...]:
-    return (*scores.shape[:-2], blank.shape[-2], scores.shape[-1])

@@ -26,6 +26,8 @@ POWERS = {
 }  # fmt: skip
 """Functions that a softmax written by hand begins with, and the logarithms of their bases."""
 
+_IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__"}
+
 
 @dataclass(slots=True, eq=False)
 class AttentionTrace:
@@ -72,7 +74,7 @@ class Followed(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if attention is not None and attention.scores is None:
                 _note_scores(func, args, kwargs, attention)
-            is_elsewhere = _is_in_place(func) and not isinstance(args[0], Followed)
+            is_elsewhere = is_in_place(func) and not isinstance(args[0], Followed)
             if attention is None or is_elsewhere:
                 return func(*args, **kwargs)
             blank = func(*_each(args, _blank), **_each(kwargs, _blank))
@@ -104,6 +106,12 @@ def plain(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function changes its first argument."""
+    name = func.__name__
+    return name == "__setitem__" or name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
 def _note_scores(func: Any, args: Any, kwargs: Any, attention: AttentionTrace) -> None:
     if func not in SOFTMAXES and func not in POWERS:
         return
@@ -119,11 +127,6 @@ def _note_scores(func: Any, args: Any, kwargs: Any, attention: AttentionTrace) -
         tensor.detach().as_subclass(Tensor).reshape(num_heads, length, width) * factor
         for tensor in (scores, _blank(scores))
     )
-
-
-def _is_in_place(func: Callable[..., Any]) -> bool:
-    name = func.__name__
-    return func is torch.Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__"))
 
 
 def _blank(value: Any) -> Any:
