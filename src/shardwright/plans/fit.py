@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from shardwright.plans.rehearsal import (
     table_below,
     with_made_up_weights,
 )
+from shardwright.plans.replicate import is_in, without
 from shardwright.plans.sizes import LocalSize
 from shardwright.plans.stack import find_stack
 from shardwright.plans.styles import Cut, Output
@@ -106,49 +107,79 @@ def fit(module: nn.Module, table: ShardTable) -> Fit:
         reason = f"its code cannot be tried out on a few tokens: {type(exc).__name__}: {_first_line(exc)}"
         return Fit(misfits=tuple(Misfit(tuple(kind.scopes), reason) for kind in kinds))
     sizes: list[LocalSize] = []
-    misfits: list[Misfit] = []
+    reasons: dict[str, str] = {}
     for kind in kinds:
-        call = calls.get(kind.scopes[0])
-        if call is None:
-            misfits.append(Misfit(tuple(kind.scopes), "the forward pass of the model does not call it"))
-            continue
-        found = _Trials(module, table, kind, call).search()
+        first, call = kind.scopes[0], calls.get(kind.scopes[0])
+        found = _Trials(module, table, kind, call).search() if call is not None else "nothing calls it"
         if isinstance(found, str):
-            misfits.append(Misfit(tuple(kind.scopes), found))
+            reasons[first] = found
         else:
             sizes += [replace(size, module=_below(scope, size.module)) for scope in kind.scopes for size in found]
-    if misfits:  # alone, a module may have been given something whole that another one, cut, would give it in parts
-        wrong = disagreeing(module, table, sizes)
-        misfits = [misfit for misfit in misfits if misfit.modules[0] in wrong]
-    return Fit(tuple(sizes), tuple(misfits))
+    for kind in kinds:  # it may need what modules need that it is cut together with
+        alike = [k for k in kinds if k.scopes[0] not in reasons and any(group in k.groups for group in kind.groups)]
+        if kind.scopes[0] in reasons and alike:
+            sizes += [
+                replace(size, module=_below(scope, size.module[len(alike[0].scopes[0]) + 1 :]))
+                for scope in kind.scopes
+                for size in sizes
+                if is_in(size.module, alike[0].scopes[:1])
+            ]
+    misfits = _settle(module, table, kinds, sizes, reasons, num_tokens) if reasons else ()
+    held = {name for misfit in misfits for name in misfit.modules}
+    return Fit(tuple(size for size in sizes if not is_in(size.module, held)), misfits)
 
 
-def disagreeing(module: nn.Module, table: ShardTable, sizes: Iterable[LocalSize]) -> dict[str, tuple[str, ...]]:
-    """Modules that give another output than those of the whole model when all ranks run the model together.
+def _settle(
+    module: nn.Module,
+    table: ShardTable,
+    kinds: list[_Kind],
+    sizes: list[LocalSize],
+    reasons: dict[str, str],
+    num_tokens: int,
+) -> tuple[Misfit, ...]:
+    """Decide what is not cut, where something went wrong when it was tried out alone.
 
-    Args:
-        module: the whole model; left as it is.
-        table: its plan, resolved.
-        sizes: attributes that change.
+    It may have been given something whole that another module, cut, would give it in parts; and what is not cut may
+    need others whole in turn. So the model is run with all of its parts: the first module whose output is wrong is
+    taken back, with what is cut together with it, until nothing is wrong.
+    """
+    left, misfits = list(kinds), list[Misfit]()
+    while left:
+        held = {name for misfit in misfits for name in misfit.modules}
+        used = [size for size in sizes if not is_in(size.module, held)]
+        wrong = _first_wrong(module, without(table, held), [kind.scopes[0] for kind in kinds], used, num_tokens)
+        if wrong is None:
+            break
+        blamed = [kind for kind in left if kind.scopes[0] == wrong]
+        together = [
+            kind for kind in left if kind not in blamed and any(g in b.groups for b in blamed for g in kind.groups)
+        ]
+        for kind in (*blamed, *together) or left:
+            reason = reasons.get(kind.scopes[0], f"it is used together with {wrong}, which cannot be cut")
+            misfits.append(Misfit(tuple(kind.scopes), reason))
+            left.remove(kind)
+    return tuple(misfits)
 
-    Returns: of every kind of module that is cut and goes wrong, or is not reached, the first to all.
+
+def _first_wrong(
+    module: nn.Module, table: ShardTable, names: list[str], sizes: list[LocalSize], num_tokens: int
+) -> str | None:
+    """The first of some modules whose output is not that of the whole model, or that is not reached, when all ranks run
+    the model together; None if all are right.
     """
     from shardwright.plans.prove.threads import run_ranks  # whose room imports this module
 
-    kinds = list(_kinds(module, table))
     one_stage = replace(table, pp=1, parameters=tuple(replace(row, stages=(0,)) for row in table.parameters))
-    firsts = [kind.scopes[0] for kind in kinds]
-    num_tokens, sizes = _num_tokens(kinds), list(sizes)
     expected: dict[str, Tensor] = {}
     outputs: list[dict[str, Tensor]] = [{} for _ in range(table.tp)]
 
     def run(collectives: Collectives) -> None:
         part = with_made_up_weights(module)
         cut(part, one_stage, stage=0, collectives=collectives, sizes=sizes)
-        first_outputs(part, firsts, outputs[collectives.rank], num_tokens=num_tokens)
+        first_outputs(part, names, outputs[collectives.rank], num_tokens=num_tokens)
 
     with suppress(Exception):  # of the model's code: outputs end there
-        first_outputs(with_made_up_weights(module), firsts, expected, num_tokens=num_tokens)
+        first_outputs(with_made_up_weights(module), names, expected, num_tokens=num_tokens)
         run_ranks(table.tp, run)
 
     def is_right(name: str) -> bool:
@@ -156,7 +187,8 @@ def disagreeing(module: nn.Module, table: ShardTable, sizes: Iterable[LocalSize]
             name in found and difference(found[name], expected[name]) <= TOLERANCE for found in outputs
         )
 
-    return {kind.scopes[0]: tuple(kind.scopes) for kind in kinds if not is_right(kind.scopes[0])}
+    in_order = [*expected, *(name for name in names if name not in expected)]
+    return next((name for name in in_order if not is_right(name)), None)
 
 
 class _Trials:
@@ -264,7 +296,8 @@ def _kinds(module: nn.Module, table: ShardTable) -> Iterator[_Kind]:
         if row.dim is not None and not is_lookup and not grouped & {row.name, *row.aliases}:
             scopes.setdefault(_scope([row.name, f"{row.name.rpartition('.')[0].rpartition('.')[0]}."], table), [])
     scopes.pop("", None)
-    outer = [s for s in scopes if not any(s.startswith(f"{other}.") for other in scopes)]
+    # In the order in which they probably run
+    outer = [s for s, _ in module.named_modules() if s in scopes and not any(s.startswith(f"{o}.") for o in scopes)]
     kinds: dict[Any, _Kind] = {}
     for scope in outer:
         groups = [g for s, held in scopes.items() if s == scope or s.startswith(f"{scope}.") for g in held]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,8 +11,8 @@ from torch import nn
 from shardwright.errors import PlanError
 from shardwright.layers.collectives import Collectives
 from shardwright.plans.cut import cut
-from shardwright.plans.fit import Fit, Misfit, disagreeing, fit
-from shardwright.plans.styles import REPLICATE
+from shardwright.plans.fit import Fit, Misfit, fit
+from shardwright.plans.replicate import without
 from shardwright.plans.table import ShardTable
 
 logger = logging.getLogger(__name__)
@@ -68,39 +67,10 @@ def fitted_table(module: nn.Module, table: ShardTable) -> FittedTable:
     Returns: the same on every rank.
     """
     found = fit(module, table)
-    kept, replicated, misfits = table, list(found.misfits), found.misfits
-    while misfits:
-        kept = without(kept, [name for misfit in misfits for name in misfit.modules])
-        dependent = disagreeing(module, kept, found.sizes)
-        misfits = tuple(
-            Misfit(modules, "it goes wrong beside modules that are not cut") for modules in dependent.values()
-        )
-        replicated += misfits
-    for misfit in replicated:
+    for misfit in found.misfits:
         logger.warning("%s; every rank holds all of it", described(misfit, table.tp))
-    held = {name for misfit in replicated for name in misfit.modules}
-    sizes = tuple(size for size in found.sizes if not _is_in(size.module, held))
-    return FittedTable(kept, Fit(sizes), tuple(replicated))
-
-
-def without(table: ShardTable, modules: Collection[str]) -> ShardTable:
-    """A table in which every rank holds all of some modules, by qualified name."""
-    rows = tuple(
-        replace(row, style=REPLICATE, dim=None, ranges=(), unit=1, once=False)
-        if any(_is_in(name, modules) for name in (row.name, *row.aliases))
-        else row
-        for row in table.parameters
-    )
-    return replace(
-        table,
-        parameters=rows,
-        modules={name: style for name, style in table.modules.items() if not _is_in(name, modules)},
-    )
-
-
-def _is_in(name: str, modules: Collection[str]) -> bool:
-    levels = name.split(".")
-    return any(".".join(levels[:depth]) in modules for depth in range(1, len(levels) + 1))
+    kept = without(table, {name for misfit in found.misfits for name in misfit.modules})
+    return FittedTable(kept, Fit(found.sizes), found.misfits)
 
 
 def described(misfit: Misfit, ranks: int) -> str:
