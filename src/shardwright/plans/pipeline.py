@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.errors import PlanError
+from shardwright.errors import PlanError, ShardwrightError
 from shardwright.foreign_errors import described
-from shardwright.plans.dataflow import Dataflow, LayerCall, trace_dataflow
+from shardwright.plans.dataflow import Dataflow, LayerCall, ModuleCall, trace_dataflow
 from shardwright.plans.handover import Handover, handover
 from shardwright.plans.imitation import Imitation, has_forms
 from shardwright.plans.links import (
-    StageFailedError,
     StageFinishedError,
     StageLink,
     receive,
     receive_finish,
+    send_blank,
     send_failure,
     send_finish,
 )
@@ -63,17 +63,19 @@ class HandedOver:
     """The model gives logits of the last token only."""
 
 
-def plan_pipeline(module: nn.Module, table: ShardTable) -> Pipeline:
+def plan_pipeline(module: nn.Module, table: ShardTable, *, flow: Dataflow | None = None) -> Pipeline:
     """Find out what the stages of a model hand over.
 
     Args:
         module: the whole model, on "meta" or not.
         table: its plan, resolved, with any number of stages.
+        flow: of the model's layers, if it is at hand.
 
     Raises: PlanError if its code fails, does not run its layers once each and in order, or a stage needs what it cannot
         be given.
     """
-    flow = trace_dataflow(module, [layer for stage in table.stages for layer in stage.layers])
+    if flow is None:
+        flow = trace_dataflow(module, [layer for stage in table.stages for layer in stage.layers])
     handovers: list[Handover] = []
     sent: tuple[Path, ...] = ()
     last = len(flow.layers)
@@ -127,8 +129,9 @@ class PipelineStage:
             for other in flow.modules:
                 if other.name in pipeline.handovers[stage].idle and has_forms(other.given):
                     module.get_submodule(other.name).forward = Imitation(other.given, other.returned, copies=True)
-            for name in pipeline.handovers[stage].modules:
-                module.get_submodule(name).forward = self._received_output(name)
+            for other in flow.modules:
+                if other.name in pipeline.handovers[stage].modules:
+                    module.get_submodule(other.name).forward = self._received_output(other)
             start = module.get_submodule(flow.layers[first])
             start.forward = self._starting(start.forward, flow.calls[first])
         if target is not None:
@@ -166,7 +169,7 @@ class PipelineStage:
                 return HandedOver(self._flow.gives_last_alone)
             except BaseException as exc:
                 if self._target is not None:
-                    send_failure(self._target, str(exc) if isinstance(exc, StageFailedError) else described(exc))
+                    send_failure(self._target, str(exc) if isinstance(exc, ShardwrightError) else described(exc))
                 raise
             return output
 
@@ -182,11 +185,13 @@ class PipelineStage:
 
         return run
 
-    def _received_output(self, name: str) -> Callable[..., Any]:
+    def _received_output(self, call: ModuleCall) -> Callable[..., Any]:
         """The forward of a module whose output is handed over."""
+        imitation = Imitation(call.given, call.returned, copies=True)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return self._receive()[1][name]
+            _, outputs = self._receive()
+            return outputs[call.name] if call.name in outputs else imitation(*args, **kwargs)
 
         return run
 
@@ -204,10 +209,13 @@ class PipelineStage:
         assert self._source is not None, "the first stage receives nothing"
         if self._arguments is None:
             try:
-                tensors = list(receive(self._source))
+                tensors = receive(self._source)
             except StageFinishedError:
                 self._source_has_finished = True
                 raise
+            if tensors is None:
+                self._arguments = {}
+                return {}, {}
             num = len(self._takes.arguments)
             self._arguments = dict(zip(self._takes.arguments, tensors[:num], strict=True))
             self._outputs = dict(zip(self._takes.modules, tensors[num:], strict=True))
@@ -216,8 +224,12 @@ class PipelineStage:
     def _hand_over(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the first layer of the next stage."""
         assert self._target is not None, "the last stage hands over nothing"
-        arguments = [tensor_at((args, kwargs), path) for path in self._gives.arguments]
-        self._target.send([*arguments, *(self._outputs[name] for name in self._gives.modules)])
+        tensors = [tensor_at((args, kwargs), path) for path in self._gives.arguments]
+        names = self._gives.modules
+        if any(tensor.is_meta for tensor in tensors) or not all(name in self._outputs for name in names):
+            send_blank(self._target)
+        else:
+            self._target.send([*tensors, *(self._outputs[name] for name in names)])
         raise _Left
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.errors import PlanError
+from shardwright.plans.dataflow import Dataflow
 from shardwright.plans.groups import Member, Range, Ranges, UnitGroup, deal, ranges_of_all
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
@@ -34,6 +35,7 @@ def resolve(
     tp: int = 1,
     pp: int = 1,
     pp_split: Sequence[int] | None = None,
+    flow: Dataflow | None = None,
 ) -> ShardTable:
     """The table of a model.
 
@@ -44,6 +46,7 @@ def resolve(
         tp: tensor-parallel ranks.
         pp: pipeline stages.
         pp_split: layers per stage; None: balanced by bytes.
+        flow: of the model's layers, if it is at hand.
 
     Raises: PlanError if a plan cannot be carried out: more ranks than units, stages than layers, a cut along a
         dimension that a parameter does not have.
@@ -84,7 +87,7 @@ def resolve(
                 **row,
             )
         )
-    stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split)
+    stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split, flow=flow)
     return ShardTable(
         plan=plan,
         tp=tp,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from shardwright.errors import PlanError
-from shardwright.plans.dataflow import trace_dataflow
+from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.handover import needed_parameters, uncuttable
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.stack import LayerStack, find_stack, stack_in
@@ -36,6 +36,7 @@ def assign_stages(
     tp: int,
     pp: int,
     pp_split: Sequence[int] | None,
+    flow: Dataflow | None = None,
 ) -> tuple[tuple[Stage, ...], list[ParameterRow]]:
     """Cut the layers into stages, and say of every parameter which of them hold it.
 
@@ -50,7 +51,8 @@ def assign_stages(
         return (Stage(index=0, modules=names, layers=()),), list(rows)
     stack = layer_stack(module, plan)
     before, after = _around(module, plan, stack)
-    flow = trace_dataflow(module, stack.layers)
+    if flow is None or flow.layers != stack.layers:
+        flow = trace_dataflow(module, stack.layers)
     num = len(stack.layers)
     weights = [_bytes_below(rows, layer) for layer in stack.layers]
     head = _bytes_outside(rows, stack, needed_parameters(flow, 0, 1))

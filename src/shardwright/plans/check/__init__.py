@@ -13,6 +13,7 @@ run           all of them
 """
 
 from shardwright.plans.check.findings import CheckReport, Finding, Severity
-from shardwright.plans.check.run import check_plan, default_stages, validate_plans
+from shardwright.plans.check.run import check, check_plan, default_stages, validate_plans
+from shardwright.plans.check.subject import Subject
 
-__all__ = ["CheckReport", "Finding", "Severity", "check_plan", "default_stages", "validate_plans"]
+__all__ = ["CheckReport", "Finding", "Severity", "Subject", "check", "check_plan", "default_stages", "validate_plans"]

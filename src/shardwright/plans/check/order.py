@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from shardwright.errors import PlanError
 from shardwright.plans.check.findings import Finding, Severity
 from shardwright.plans.check.subject import Subject
-from shardwright.plans.dataflow import trace_dataflow
 from shardwright.plans.stack import LayerStack
 
 
@@ -28,13 +26,12 @@ def check_order(subject: Subject, stack: LayerStack) -> Iterator[Finding]:
         return
     kept = _longest_rising([places[name] for name in known])
     for name in (name for number, name in enumerate(known) if number not in kept):
-        before = (
-            right.index(name) < right.index(_container(names, stack)) if _container(names, stack) in right else False
-        )
+        place = right.index(name)
+        when = f"after {right[place - 1]}" if place else f"before {right[1]}"
         yield Finding(
             Severity.ERROR,
             name,
-            f"stands at the wrong place: it runs {'before' if before else 'after'} {stack.container}",
+            f"stands at the wrong place: it runs {when}",
             f"order: {', '.join(right)}",
             f"pp {name}",
         )
@@ -47,9 +44,8 @@ def _container(names: Sequence[str], stack: LayerStack) -> str:
 def _places(subject: Subject, stack: LayerStack) -> dict[str, int]:
     """When the modules of the pipeline's entries run for the first time, by a number that grows."""
     container = _container(list(subject.plan.pp), stack)
-    try:
-        flow = trace_dataflow(subject.module, stack.layers)
-    except PlanError:
+    flow = subject.flow
+    if flow is None:
         return _places_by_kind(subject, container)
     starts = [argument.node for argument in flow.calls[0].arguments.values()]
     places = {container: max(starts, default=0)}

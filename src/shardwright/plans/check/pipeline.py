@@ -12,7 +12,6 @@ from shardwright.plans.check.findings import Finding, Severity
 from shardwright.plans.check.order import check_order
 from shardwright.plans.check.subject import Subject, nearest
 from shardwright.plans.plan import PipelineEntry
-from shardwright.plans.quantities import size
 from shardwright.plans.stack import LayerStack, find_stack, stack_in
 
 SAME_TENSOR = frozenset({"inputs_embeds", "hidden_states"})
@@ -51,10 +50,8 @@ def check_pipeline(subject: Subject) -> Iterator[Finding]:
     ]
     yield from found_so_far
     yield from _check_no_split(subject)
-    if found and stacks:
-        yield from _check_left_out(subject)
-        if not any(finding.severity is Severity.ERROR for finding in found_so_far):
-            yield from _check_outputs(subject, stacks)
+    if found and not any(finding.severity is Severity.ERROR for finding in found_so_far):
+        yield from _check_outputs(subject, stacks)
 
 
 def _missing(subject: Subject, name: str) -> Finding:
@@ -133,35 +130,6 @@ def _check_nesting(subject: Subject) -> Iterator[Finding]:
                 "leave it out",
                 f"pp {inner}",
             )
-
-
-def _check_left_out(subject: Subject) -> Iterator[Finding]:
-    entries = tuple(f"{name}." for name in subject.plan.pp)
-    everywhere = [
-        w
-        for w in subject.weights
-        if not any(name.startswith(entries) for name in (w.name, *w.aliases)) and not _in_stack(subject, w.name)
-    ]
-    by_module: dict[str, int] = {}
-    for weight in everywhere:
-        by_module[weight.module] = by_module.get(weight.module, 0) + weight.num_bytes
-    for name, num_bytes in by_module.items():
-        is_large = num_bytes * 50 > sum(w.num_bytes for w in subject.weights)
-        side = PipelineEntry(("input_ids",), ("hidden_states",))
-        if not isinstance(subject.modules.get(name), nn.Embedding):
-            side = PipelineEntry(("hidden_states",), ("logits",) if is_large else ("hidden_states",))
-        yield Finding(
-            Severity.WARNING if is_large else Severity.NOTE,
-            name,
-            f"is in no entry of the pipeline: each of {subject.pp} stages holds its {size(num_bytes)}",
-            pipeline_line(name, side),
-            f"pp {name}",
-        )
-
-
-def _in_stack(subject: Subject, name: str) -> bool:
-    stack = find_stack(subject.module)
-    return stack is not None and any(name.startswith(f"{layer}.") for layer in stack.layers)
 
 
 def _check_inputs(subject: Subject, stacks: dict[str, LayerStack]) -> Iterator[Finding]:

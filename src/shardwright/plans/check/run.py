@@ -21,7 +21,6 @@ from shardwright.plans.check.tied import check_tied_cuts
 from shardwright.plans.choose import Given, choose_plan
 from shardwright.plans.groups import UnitGroup
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.resolve import resolve
 from shardwright.plans.stack import find_stack
 from shardwright.plans.units import unit_groups
 
@@ -55,7 +54,11 @@ def check_plan(
         plan = choose_plan(module, tp=tp, pp=pp)
     if groups is None:
         groups = unit_groups(module, plan)
-    subject = Subject(module=module, plan=plan, tp=tp, pp=pp, pp_split=pp_split, groups=groups)
+    return check(Subject(module=module, plan=plan, tp=tp, pp=pp, pp_split=pp_split, groups=groups))
+
+
+def check(subject: Subject) -> CheckReport:
+    """All that there is to say of a model and its plan."""
     return CheckReport(merged(_findings(subject)))
 
 
@@ -71,9 +74,7 @@ def _findings(subject: Subject) -> Iterator[Finding]:
     yield from found
     if not _is_wrong(found):
         try:
-            resolve(
-                subject.module, subject.plan, subject.groups, tp=subject.tp, pp=subject.pp, pp_split=subject.pp_split
-            )
+            _ = subject.table
         except PlanError as error:
             yield Finding(Severity.ERROR, "plan", str(error))
 

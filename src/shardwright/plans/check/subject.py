@@ -9,11 +9,15 @@ from functools import cached_property
 
 from torch import nn
 
+from shardwright.errors import PlanError
+from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.groups import Member, UnitGroup
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.resolve import cut_dimension, has_inputs_first, matching_pattern, parameters_of
+from shardwright.plans.resolve import cut_dimension, has_inputs_first, matching_pattern, parameters_of, resolve
+from shardwright.plans.stages import layer_stack
 from shardwright.plans.styles import REPLICATE, Input, Output, Style
+from shardwright.plans.table import ShardTable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -106,6 +110,27 @@ class Subject:
     pp_split: Sequence[int] | None
     groups: Sequence[UnitGroup]
     """Whether the plan cuts them or not."""
+
+    @cached_property
+    def flow(self) -> Dataflow | None:
+        """What its layers compute from; None if that cannot be found out, or there are none."""
+        try:
+            return trace_dataflow(self.module, layer_stack(self.module, self.plan).layers)
+        except PlanError:
+            return None
+
+    @cached_property
+    def table(self) -> ShardTable:
+        """The plan, resolved. Raises PlanError if it cannot be carried out."""
+        return resolve(
+            self.module,
+            self.plan,
+            self.groups,
+            tp=self.tp,
+            pp=self.pp,
+            pp_split=self.pp_split,
+            flow=self.flow if self.pp > 1 else None,
+        )
 
     @cached_property
     def weights(self) -> list[Weight]:

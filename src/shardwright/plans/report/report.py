@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from shardwright.errors import PlanError
-from shardwright.plans.check import CheckReport, check_plan
+from shardwright.plans.check import CheckReport, Subject, check
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.resolve import resolve
 from shardwright.plans.structure import Node, structure_tree
 from shardwright.plans.table import ParameterRow, ShardTable, Stage
 from shardwright.plans.units import unit_groups
@@ -128,9 +127,10 @@ def make_report(
         pp_split: layers per stage; None: balanced.
     """
     groups = unit_groups(module, plan)
-    check = check_plan(module, plan, tp=tp, pp=pp, pp_split=pp_split, groups=groups)
+    subject = Subject(module=module, plan=plan, tp=tp, pp=pp, pp_split=pp_split, groups=groups)
+    found = check(subject)
     try:
-        table: ShardTable | None = resolve(module, plan, groups, tp=tp, pp=pp, pp_split=pp_split)
+        table: ShardTable | None = subject.table
     except PlanError:  # which the check has a finding for
         table = None
-    return PlanReport(model=model, tp=tp, pp=pp, plan=plan, table=table, check=check, tree=structure_tree(module, plan))
+    return PlanReport(model=model, tp=tp, pp=pp, plan=plan, table=table, check=found, tree=structure_tree(module, plan))
