@@ -37,6 +37,9 @@ LAST_WORDS_S = 0.5
 """After the first sign of trouble, how long the others may take to say what the trouble is: the first is often a rank
 that has lost its connection to the one that died."""
 
+LAST_WORDS_AT_START_S = 3.0
+"""The same at start, when it is more often something that the user can mend."""
+
 R = TypeVar("R", Opened, Loaded, Allocated, Stepped)
 
 Troubles = dict[int, Failed | None]
@@ -59,6 +62,11 @@ class Ranks(ABC):
         self._is_serving = False
         self._lost: str | None = None
         """Why the ranks are gone."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether they are gone."""
+        return self._lost is not None
 
     def set_up(self, setup: Setup) -> None:
         """Let the ranks find each other. Raises RanksLostError; a UsageError of a rank."""
@@ -125,16 +133,17 @@ class Ranks(ABC):
             if self._lost is not None:
                 raise RanksLostError(self._lost)
             if deadline is not None and time.monotonic() > deadline:
-                raise self._loss({}, f"no rank has finished the step in {timeout_s:.0f} s: one of them hangs")
+                raise self._loss({}, f"no rank has finished the step in {timeout_s:g} s: one of them hangs")
             if troubles := self._receive(POLL_S):
                 raise self._loss(troubles)
 
     def _loss(self, troubles: Troubles, reason: str | None = None) -> ShardwrightError:
         """The error to raise for ranks in trouble. All ranks are ended."""
-        deadline = time.monotonic() + LAST_WORDS_S
-        while reason is None and len(troubles) < self._num_ranks and (left := deadline - time.monotonic()) > 0:
-            troubles = self._receive(left) | troubles
+        deadline = time.monotonic() + (LAST_WORDS_S if self._is_serving else LAST_WORDS_AT_START_S)
         error = None if self._is_serving else bad_input(troubles)
+        while reason is None and error is None and len(troubles) < self._num_ranks and time.monotonic() < deadline:
+            troubles = self._receive(0.1) | troubles
+            error = None if self._is_serving else bad_input(troubles)
         if error is None:
             error = RanksLostError(reason or self._reason(troubles))
         self._lost = str(error)

@@ -1,0 +1,87 @@
+"""Many ranks give the tokens of one, for every kind of architecture, in every shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.custom.builder import MODELS
+from tests.custom.builder import build as build_custom
+from tests.parallel.served import SharedRanks, generate, make_config
+from tests.zoo.architectures import FULL, MIXED, SLIDING
+from tests.zoo.builder import build
+
+from shardwright import SamplingParams
+from shardwright.engine.core import EngineCore
+from shardwright.models.resolve import resolve_model
+from shardwright.parallel.mp import MpRanks
+
+pytestmark = pytest.mark.slow
+
+SHAPES = {"tp2": (2, 1), "tp3": (3, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
+
+TRANSFORMERS = (
+    "cohere2", "deepseek_v3", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "llama", "mistral", "mixtral", "olmo2", "opt",
+    "phi3", "qwen3_moe", "stablelm",
+)  # fmt: skip
+"""Experts, tied embeddings, windows, latent attention, sinks; projections that are fused, interleaved, or [in, out]."""
+
+CUSTOM = ("local_global", "moe_loop", "tril_gpt")
+"""Layers in a ModuleDict; no plan, no interface."""
+
+Answers = tuple[Path, list[list[int]], list[list[int]]]
+"""Directory, prompts, and what Hugging Face or the model's own code gives."""
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Answers]:
+    """Models by name, each made once."""
+    made: dict[str, Answers] = {}
+
+    def find(name: str) -> Answers:
+        if name not in made:
+            directory = tmp_path_factory.mktemp("parallel") / name
+            if name in CUSTOM:
+                custom = build_custom(MODELS / name, directory)
+                made[name] = custom.path, custom.prompts, custom.outputs
+            else:
+                reference = build(name, (FULL | SLIDING | MIXED)[name], directory)
+                made[name] = reference.path, reference.prompts, reference.outputs
+        return made[name]
+
+    return find
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, SharedRanks]]:
+    shared = SharedRanks(MpRanks)
+    yield (*SHAPES[request.param], shared)
+    shared.close()
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *CUSTOM])
+def test_tokens_are_those_of_one_rank(
+    shape: tuple[int, int, SharedRanks], name: str, answers: Callable[[str], Answers]
+) -> None:
+    tp, pp, shared = shape
+    path, prompts, outputs = answers(name)
+    core = shared.serve(make_config(path, tp, pp, max_model_len=64))
+    params = SamplingParams(temperature=0, max_tokens=len(outputs[0]), ignore_eos=True)
+    assert generate(core, prompts, params) == outputs
+    assert len(core.info.rank_weight_bytes) == tp * pp
+    assert generate(core, prompts, params) == outputs  # of prompts whose beginnings are cached
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (1, 3), (2, 2)])
+def test_the_starter_model_on_many_ranks(tp: int, pp: int) -> None:
+    """9 query heads and 3 key heads; one more rank than divides them, and a pipeline whose head is tied."""
+    path = resolve_model("smollm2-135m")
+    prompts = [[1, 4093, 253, 655], [28, 1043, 7, 42, 260, 1000, 99], list(range(300, 340))]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    found = []
+    for ranks in ((1, 1), (tp, pp)):
+        core = EngineCore.from_config(make_config(path, *ranks, max_model_len=128))
+        found.append(generate(core, prompts, params))
+        core.close()
+    assert found[0] == found[1]
