@@ -181,6 +181,20 @@ async def test_a_killed_core_ends_its_streams_at_once(tiny_llama: Path, sockets:
     assert set(sockets.iterdir()) == directories
 
 
+async def test_a_request_just_after_the_core_was_killed_does_not_wait_for_it(tiny_llama: Path) -> None:
+    others = cores()
+    llm = AsyncLLM(str(tiny_llama), **OPTIONS)
+    await tokens_of(llm, PROMPT)
+    [core] = cores() - others
+    core.kill()
+    while core.status() != psutil.STATUS_ZOMBIE:  # the event loop must not see its end before the request comes
+        time.sleep(0.01)
+    with pytest.raises(EngineDeadError, match="killed by signal 9"):
+        await asyncio.wait_for(tokens_of(llm, PROMPT), 5)
+    llm.close()
+    assert cores() == others
+
+
 async def test_closing_ends_streams_and_the_core(tiny_llama: Path, sockets: Path) -> None:
     others, directories = cores(), set(sockets.iterdir())
     llm = AsyncLLM(str(tiny_llama), **OPTIONS)
@@ -262,4 +276,33 @@ async def test_a_core_whose_parent_was_killed_ends_too(
         parent.wait()
         parent.stdout.close()
     await until(lambda: not any(child.is_running() for child in children))
+    assert set(sockets.iterdir()) == directories
+
+
+FORGETFUL = """
+import sys
+from shardwright import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes="8MiB", data_parallel_size=2)
+    outputs = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
+    print(len(outputs[0].outputs[0].token_ids), *(child.pid for child in __import__("psutil").Process().children()))
+"""
+
+
+async def test_a_program_that_forgets_to_close_its_engine_ends_all_the_same(
+    tiny_llama: Path, tmp_path: Path, sockets: Path
+) -> None:
+    directories = set(sockets.iterdir())
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, str(tmp_path / "forgetful.py"), str(tiny_llama)],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"TMPDIR": str(sockets)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    num_tokens, *pids = map(int, done.stdout.split())
+    assert num_tokens == 5
+    assert len(pids) >= 2
+    await until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     assert set(sockets.iterdir()) == directories

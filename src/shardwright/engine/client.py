@@ -14,6 +14,8 @@ import logging
 import multiprocessing
 import shutil
 import tempfile
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import msgspec
@@ -62,6 +64,7 @@ class CoreClient:
         )
         with changed_environment(environment or {}):
             self._process.start()
+        self._end = Finalize(self, _end, args=(self._process, self._directory), exitpriority=1)
 
     @property
     def is_alive(self) -> bool:
@@ -91,11 +94,18 @@ class CoreClient:
         assert isinstance(event, Ready)
         return event.info
 
-    def send(self, command: Command) -> None:
-        """Queue a command; the core takes it before its next step. Raises EngineDeadError after `close`."""
+    def send(self, command: Command) -> bool:
+        """Queue a command; the core takes it before its next step. Raises EngineDeadError after `close`.
+
+        Returns: whether there is a core to take it; there is none once its process has ended (see `sentinel`).
+        """
         if self._is_closed:
             raise EngineDeadError("the engine is closed")
-        self._commands.send(self._encoder.encode(command))
+        try:
+            self._commands.send(self._encoder.encode(command), zmq.DONTWAIT)  # would wait for another to connect
+        except zmq.Again:
+            return False
+        return True
 
     async def receive(self) -> Event:
         """The next event. Waits for ever if the process died (see `sentinel`)."""
@@ -121,16 +131,12 @@ class CoreClient:
         """
         if self._is_closed:
             return
-        if gently and self._process.is_alive():
-            self.send(Shutdown())
+        if gently and self._process.is_alive() and self.send(Shutdown()):
             self._process.join(STOP_TIMEOUT_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
         self._is_closed = True
+        self._end()
         self._async_events.close(linger=0)
         self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _address(self, name: str) -> str:
         return f"ipc://{self._directory / name}"
@@ -140,6 +146,14 @@ class CoreClient:
         socket.set_hwm(0)
         socket.bind(self._address(name))
         return socket
+
+
+def _end(process: BaseProcess, directory: Path) -> None:
+    """Kill what is left. Also run when the program ends, or forgets the client, without having closed it."""
+    if process.is_alive():
+        process.kill()
+        process.join()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def as_error(event: Failed) -> ShardwrightError:

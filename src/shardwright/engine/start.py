@@ -42,6 +42,11 @@ def start_core(config: EngineConfig) -> Core:
     task = resolve_task(config.model.task, model_config, path)
     if task == "generate":
         return EngineCore.from_config(config)
+    if config.parallel.num_ranks > 1:
+        raise ConfigError(
+            f"{config.model.model} is served to {task}, which one rank does: leave out --tensor-parallel-size and "
+            "--pipeline-parallel-size; --data-parallel-size runs several whole copies"
+        )
     from shardwright.pooling.worker import PoolingWorker
 
     return PoolingCore(PoolingWorker(config, path, model_config, classifies=task == "classify"))
