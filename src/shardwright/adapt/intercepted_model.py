@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from shardwright.adapt.far_scores import FarMode
 from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
-from shardwright.adapt.logits import logits_of, without_cache
+from shardwright.adapt.logits import logits_of, rows_of, without_cache
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ForwardInputs, output_head, rows_before_head
@@ -29,6 +30,8 @@ from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
 from shardwright.foreign_errors import described
+
+T = TypeVar("T")
 
 SHORT_TRACE = 13
 """Tokens of the trace that finds which calls count tokens: a number that is unlikely to be a size of the model."""
@@ -57,38 +60,30 @@ class InterceptedModel:
         module: in eval mode, weights loaded.
         num_positions: longest sequence that will be served.
         vocab_size: number of token ids.
+        needs_attention: whether a model that never attends is refused.
+        agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be found or understood.
     """
 
-    def __init__(self, module: nn.Module, *, num_positions: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        num_positions: int,
+        vocab_size: int,
+        needs_attention: bool = True,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         self.module = module
         self._vocab_size = vocab_size
         self._takes_positions = accepts(module, "position_ids")
         self._options = without_cache(module)
-        fitted: dict[int, FittedAttention] = {}
-
-        def fit(number: int, trace: AttentionTrace) -> None:
-            fitted[number] = fit_attention(trace, f"attention {number}")
-
+        self._agree = agree
         # The long trace comes first, so that tables that grow with the prompt have grown.
         num_near = _long_trace(module, num_positions)
-        long = self._trace(num_near, fit)
-        with blank_masks():
-            short, again = (self._trace(min(SHORT_TRACE, num_positions)) for _ in range(2))
-        if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
-            raise UnsupportedModelError("its code computes differently for different prompts")
-        if not long.attentions:
-            raise UnsupportedModelError("no attention was found in its forward pass")
-        if short.counts != again.counts:
-            raise UnsupportedModelError("its code counts tokens once, and remembers it for prompts of the same length")
-        if short.num_rows is not None and short.num_rows < num_positions:
-            raise UnsupportedModelError(
-                f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"
-            )
-        for number in {*range(len(long.attentions))} - {*fitted}:
-            fit(number, long.attentions[number])  # which says what is missing
-        attentions = [fitted[number] for number in range(len(fitted))]
+        long, attentions = self._agreed(lambda: self._fit_near(num_near, needs_attention))
+        short = self._agreed(lambda: self._find_counts(long, num_positions))
         if num_positions > num_near:
             attentions = self._fit_far(long, attentions, num_near, num_positions)
         self._attentions = with_biases(attentions, num_positions)
@@ -98,7 +93,8 @@ class InterceptedModel:
         self.rung_reason = f"{len(self._attentions)} {how} in its own code are answered by paged attention"
         self.layers: list[LayerSpec] = [attention.spec for attention in self._attentions]
         self.groups: list[CacheGroup] = group_layers(self.layers)
-        self.head = None if short.gives_last_alone else self._head_of_rows(min(SHORT_TRACE, num_positions))
+        head = self._agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)))
+        self.head = None if short.gives_last_alone else head
         self._mode = ServingMode(module, short, self._attentions, num_positions)
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
@@ -109,8 +105,56 @@ class InterceptedModel:
         with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._mode:
             output = self.module(tokens, **arguments)
         self._mode.end()
-        logits = logits_of(output)[0]
-        return logits if len(logits) == len(inputs.logits_rows) else logits[inputs.logits_rows]
+        return rows_of(logits_of(output)[0], inputs.logits_rows)
+
+    def _agreed(self, look: Callable[[], T]) -> T:
+        """What a look at the module shows, if all ranks that share it see through it: they go on together, or stop.
+
+        Raises: UnsupportedModelError.
+        """
+        problem: Exception | None = None
+        result: T | None = None
+        try:
+            result = look()
+        except Exception as exc:
+            problem = exc
+        if not self._agree(problem is None):
+            raise problem or UnsupportedModelError("its code cannot be answered on another rank")
+        return cast(T, result)
+
+    def _fit_near(self, num_tokens: int, needs_attention: bool) -> tuple[ForwardTrace, list[FittedAttention]]:
+        """Watch a long prompt, and understand every attention in it."""
+        fitted: dict[int, FittedAttention] = {}
+        misfits: list[UnsupportedModelError] = []
+
+        def fit(number: int, trace: AttentionTrace) -> None:
+            try:
+                fitted[number] = fit_attention(trace, f"attention {number}")
+            except UnsupportedModelError as exc:  # the pass goes on: other ranks may be in it
+                misfits.append(exc)
+
+        trace = self._trace(num_tokens, fit)
+        if misfits:
+            raise misfits[0]
+        if needs_attention and not trace.attentions:
+            raise UnsupportedModelError("no attention was found in its forward pass")
+        for number in {*range(len(trace.attentions))} - {*fitted}:
+            fit_attention(trace.attentions[number], f"attention {number}")  # which says what is missing
+        return trace, [fitted[number] for number in range(len(fitted))]
+
+    def _find_counts(self, long: ForwardTrace, num_positions: int) -> ForwardTrace:
+        """Watch short prompts: which calls count tokens."""
+        with blank_masks():
+            short, again = (self._trace(min(SHORT_TRACE, num_positions)) for _ in range(2))
+        if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
+            raise UnsupportedModelError("its code computes differently for different prompts")
+        if short.counts != again.counts:
+            raise UnsupportedModelError("its code counts tokens once, and remembers it for prompts of the same length")
+        if short.num_rows is not None and short.num_rows < num_positions:
+            raise UnsupportedModelError(
+                f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"
+            )
+        return short
 
     @torch.inference_mode()
     def _trace(
@@ -126,7 +170,8 @@ class InterceptedModel:
         except Exception as exc:
             reason = f"its forward pass of {num_tokens} tokens fails: {described(exc)}"
             raise UnsupportedModelError(reason) from exc
-        mode.finish(num_logits=logits_of(output).shape[1])
+        logits = logits_of(output)
+        mode.finish(num_logits=logits.shape[1] if logits.shape[2] else num_tokens)
         return mode.trace
 
     @torch.inference_mode()
@@ -138,28 +183,32 @@ class InterceptedModel:
         attentions, largest_bytes, elapsed_s, reached = near, 0, 0.0, 1
         for num_tokens in sorted({min(length, num_positions) for length in FAR_TRACES if length > num_near}):
             growth = (num_tokens / reached) ** 2
-            if largest_bytes * growth > MAX_FAR_BYTES or elapsed_s * growth > FAR_PATIENCE_S:
+            if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and elapsed_s * growth <= FAR_PATIENCE_S):
                 break
             started = time.process_time()
             rows = far_rows(num_near, num_tokens, next(self.module.parameters()).device)
             mode = FarMode(self.module, trace, rows, num_tokens=num_tokens, vocab_size=self._vocab_size)
-            tokens, arguments = self._example(num_tokens)
-            failure = ""
-            try:
-                with mode:
-                    self.module(tokens, **arguments)
-            except Exception as exc:  # of the module's code, which may look at values
-                failure = f": {described(exc)}"
-            if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
-                raise UnsupportedModelError(
-                    f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}"
-                )
-            attentions = [
-                fit_far(attention, mode.found[i], rows, num_near=num_near, precision=precision)
-                for i, attention in enumerate(near)
-            ]
+            attentions = self._agreed(partial(self._look_far, mode, near, num_near, precision))
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
+
+    def _look_far(
+        self, mode: FarMode, near: list[FittedAttention], num_near: int, precision: float
+    ) -> list[FittedAttention]:
+        """The attentions as they are as far as a pass reaches."""
+        tokens, arguments = self._example(mode.num_tokens)
+        failure = ""
+        try:
+            with mode:
+                self.module(tokens, **arguments)
+        except Exception as exc:  # of the module's code, which may look at values
+            failure = f": {described(exc)}"
+        if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
+            raise UnsupportedModelError(f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}")
+        return [
+            fit_far(attention, mode.found[i], mode.rows, num_near=num_near, precision=precision)
+            for i, attention in enumerate(near)
+        ]
 
     @torch.inference_mode()
     def _head_of_rows(self, num_tokens: int) -> nn.Module | None:

@@ -33,6 +33,20 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def rows_of(logits: Tensor, rows: Tensor) -> Tensor:
+    """The logits that are wanted, of a head that may have computed no others.
+
+    Args:
+        logits: [T, vocab] or [R, vocab]; [_, 0] of a pipeline stage that has no head.
+        rows: [R] int64.
+
+    Returns: [R, vocab].
+    """
+    if logits.shape[1] == 0:
+        return logits.new_empty(len(rows), 0)
+    return logits if len(logits) == len(rows) else logits[rows]
+
+
 def without_cache(module: nn.Module) -> dict[str, Any]:
     """Arguments that keep a module's forward from making a cache, if it has one."""
     return {"use_cache": False} if accepts(module, "use_cache", or_any=True) else {}

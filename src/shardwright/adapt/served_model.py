@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
-from shardwright.adapt.logits import logits_of
+from shardwright.adapt.logits import logits_of, rows_of
 from shardwright.adapt.positions import feed_positions
 from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, set_attention
 from shardwright.adapt.rungs import AttentionRung
@@ -77,8 +77,7 @@ class ServedModel:
         """
         with rows_before_head(self.head, inputs.logits_rows):
             logits: Tensor = self._run(inputs, (1, -1), cache, backend, {"use_cache": False} | options)[0]
-        # A head that is no module of its own has computed all rows.
-        return logits if len(logits) == len(inputs.logits_rows) else logits[inputs.logits_rows]
+        return rows_of(logits, inputs.logits_rows)
 
     def forward_decodes(
         self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any

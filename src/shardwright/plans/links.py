@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardwright.errors import EngineError
 
-_FAILED, _FINISHED = b"F", b"E"
+_FAILED, _FINISHED, _BLANK = b"F", b"E", b"B"
 _LONGEST_REASON = 2000
 
 
@@ -44,12 +44,22 @@ def send_finish(link: StageLink) -> None:
     link.send([_word(_FINISHED)])
 
 
-def receive(link: StageLink) -> Sequence[Tensor]:
-    """What the stage before hands over in a forward pass. Raises StageFailedError or StageFinishedError."""
+def send_blank(link: StageLink) -> None:
+    """Tell the next stage that in this forward pass nothing is computed: the code is only looked at."""
+    link.send([_word(_BLANK)])
+
+
+def receive(link: StageLink) -> Sequence[Tensor] | None:
+    """What the stage before hands over in a forward pass; None if it computed nothing.
+
+    Raises: StageFailedError or StageFinishedError.
+    """
     tensors = link.recv()
     word = _said(tensors)
     if word is None:
         return tensors
+    if word[:1] == _BLANK:
+        return None
     if word[:1] == _FINISHED:
         raise StageFinishedError("an earlier pipeline stage has stopped")
     raise StageFailedError(word[1:].decode(errors="replace"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.native import make_backend
 from shardwright.config import ParallelConfig
-from shardwright.errors import EngineError, UnsupportedModelError
+from shardwright.errors import EngineError, ShardwrightError, UnsupportedModelError
 from shardwright.foreign_errors import described
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import PerRequestModel, RecomputingModel
@@ -25,6 +26,8 @@ from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def climb(
@@ -66,7 +69,9 @@ def climb(
         return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
 
     def intercepted(reason: str) -> StepModel:
-        served = InterceptedModel(module, num_positions=num_positions, vocab_size=vocab_size)
+        served = InterceptedModel(
+            module, num_positions=num_positions, vocab_size=vocab_size, needs_attention=is_whole, agree=agree
+        )
         return PackedModel(
             served, backend, dtype=dtype, device=device, max_step_tokens=num_positions, may_recompute=is_alone
         )
@@ -107,17 +112,13 @@ def climb(
     rungs += [(AttentionRung.PER_REQUEST, per_request), (AttentionRung.RECOMPUTE, recomputing)]
     for rung, build in rungs:
         set_attention(module, "eager")
-        model = None
-        try:
-            model = build("; ".join(reasons))
-            if rung is not AttentionRung.RECOMPUTE:  # which is the module's own forward pass
-                check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
-            problem = None
-        except UnsupportedModelError as exc:
-            problem = str(exc)
-        except Exception as exc:  # the model's code may fail in any way on a path that its author never took
-            problem = described(exc)
-        if not agree(problem is None) or model is None:
+        model, problem = _tried(partial(build, "; ".join(reasons)))
+        stands = agree(problem is None)
+        if stands and rung is not AttentionRung.RECOMPUTE:  # which is the module's own forward pass
+            check = partial(check_logits, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+            _, problem = _tried(partial(check, model, expected))
+            stands = agree(problem is None)
+        if not stands or model is None:
             reasons[f"not {rung}: {problem or 'another rank cannot stand there'}"] = None
             continue
         if isinstance(model, PackedModel):
@@ -126,6 +127,16 @@ def climb(
             logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
         return model
     raise UnsupportedModelError("; ".join(reasons))
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What an action gives, or why it gives nothing."""
+    try:
+        return action(), None
+    except ShardwrightError as exc:
+        return None, str(exc)
+    except Exception as exc:  # the model's code may fail in any way on a path that its author never took
+        return None, described(exc)
 
 
 def _expected(module: nn.Module, *, vocab_size: int, agree: Callable[[bool], bool]) -> Tensor:
