@@ -14,12 +14,13 @@ from torch import nn
 
 from shardwright.errors import PlanError
 from shardwright.plans.fit import Fit
-from shardwright.plans.groups import UnitKind
+from shardwright.plans.groups import UnitGroup, UnitKind
 from shardwright.plans.patterns import generalize, matches
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.prove.judge import Failure
 from shardwright.plans.prove.trial import Bench, Trial
 from shardwright.plans.resolve import has_inputs_first, matching_pattern
+from shardwright.plans.stack import find_stack
 from shardwright.plans.styles import parse_style
 from shardwright.plans.table import ParameterRow, ShardTable
 
@@ -125,13 +126,23 @@ def _candidates(module: nn.Module, plan: ParallelPlan, table: ShardTable, failur
     for sites in scopes:
         others = [site for site in sites if site not in own]
         yield from (edits for site in others for edits in _right(site))
-        together = tuple(edit for site in sites for edits in _right(site) for edit in edits)
+        together = tuple(edit for site in [*own, *others] for edits in _right(site) for edit in edits)
         if len(together) > 1:
             yield together
         yield from (edits for site in own for edits in _others(site))
         yield from (edits for site in others for edits in _others(site))
-    for sites in scopes:
+    for sites in [_cut_with(module, plan, table, failure.module), *scopes]:
         yield tuple((site.entry, None) for site in sites if site.current is not None)
+
+
+def _cut_with(module: nn.Module, plan: ParallelPlan, table: ShardTable, name: str) -> list[_Site]:
+    """Places for entries of what is cut in the same units as a module's parameters, that of the module last."""
+    inside = f"{name}."
+    groups = [group for group in table.groups if any(m.name.startswith(inside) for m in group.members)]
+    rows = [table.by_name[member.name] for group in groups for member in group.members]
+    rows.sort(key=lambda row: row.name.startswith(inside))
+    sites = [_parameter_site(module, plan, table, row, row.name) for row in rows if row.dim is not None]
+    return list({site.entry: site for site in sites}.values())
 
 
 def _right(site: _Site) -> Iterator[Edits]:
@@ -149,7 +160,11 @@ def _others(site: _Site) -> Iterator[Edits]:
 
 
 def _same(word: str, other: str | None) -> bool:
-    return other is not None and parse_style(word, where="") == parse_style(other, where="")
+    """Whether two words mean the same where units say how features lie one after another."""
+    if other is None:
+        return False
+    one, two = parse_style(word, where=""), parse_style(other, where="")
+    return one == two or (one.is_column and two.is_column and (one.input, one.output) == (two.input, two.output))
 
 
 def _scopes(name: str) -> list[str]:
@@ -181,8 +196,8 @@ def _sites(module: nn.Module, plan: ParallelPlan, table: ShardTable, scope: str)
             continue
         pattern = next((p for p in plan.tp if matches(p, name)), None)
         stacked = any(p.ndim > 2 for p in held.parameters(recurse=False)) and not isinstance(held, nn.Conv1d)
-        if (pattern is not None or stacked) and (pattern or generalize(name)) not in found:
-            entry = pattern or generalize(name)
+        if (pattern is not None or stacked) and (pattern or _pattern(module, name)) not in found:
+            entry = pattern or _pattern(module, name)
             found[entry] = _Site(entry, plan.tp.get(entry), None, SUM_WORDS)
     return list(found.values())
 
@@ -192,7 +207,7 @@ def _parameter_site(module: nn.Module, plan: ParallelPlan, table: ShardTable, ro
     owner = module.get_submodule(owner_name)
     pattern = matching_pattern(plan, name)
     is_module = leaf in ("weight", "bias")
-    entry = pattern or generalize(owner_name if is_module else name)
+    entry = pattern or _pattern(module, owner_name if is_module else name)
     words: tuple[str, ...]
     if isinstance(owner, nn.Embedding):
         words = EMBEDDING_WORDS
@@ -200,23 +215,39 @@ def _parameter_site(module: nn.Module, plan: ParallelPlan, table: ShardTable, ro
         words = ()
     else:
         words = LINEAR_WORDS if len(row.shape) == 2 and is_module else STACKED_WORDS
-    return _Site(entry, plan.tp.get(entry), _right_word(table, owner, row), words)
+    return _Site(entry, plan.tp.get(entry), _right_word(module, table, row), words)
 
 
-def _right_word(table: ShardTable, owner: nn.Module, row: ParameterRow) -> str | None:
-    """The style that goes with the units that a parameter is cut in."""
+def _right_word(module: nn.Module, table: ShardTable, row: ParameterRow) -> str | None:
+    """The style that goes with the units that a parameter is cut in; with those that the plan cuts most else by, if
+    there are several ways.
+    """
     if len(row.shape) < 2:
         return None
-    for group in table.groups:
-        for member in group.members:
-            if member.name != row.name:
-                continue
-            if group.kind is UnitKind.VOCABULARY:
-                return "embedding_rowwise" if isinstance(owner, nn.Embedding) else "colwise_gather_output"
-            if group.kind is UnitKind.EXPERTS:
-                return "grouped_gemm"
-            columns = member.dim == len(row.shape) - (1 if has_inputs_first(owner) else 2)
-            if not columns:
-                return "rowwise"
-            return "packed_colwise" if len(member.segments) > 1 and len(row.shape) > 2 else "colwise"
-    return None
+    owner = module.get_submodule(row.name.rpartition(".")[0])
+    ways = [(group, member) for group in table.groups for member in group.members if member.name == row.name]
+    if not ways:
+        return None
+    group, member = max(ways, key=lambda way: (_members_cut(way[0], table), way[0].kind is not UnitKind.EXPERTS))
+    if group.kind is UnitKind.VOCABULARY:
+        return "embedding_rowwise" if isinstance(owner, nn.Embedding) else "colwise_gather_output"
+    if group.kind is UnitKind.EXPERTS:
+        return "grouped_gemm"
+    if member.dim != len(row.shape) - (1 if has_inputs_first(owner) else 2):
+        return "rowwise"
+    return "packed_colwise" if len(member.segments) > 1 and len(row.shape) > 2 else "colwise"
+
+
+def _members_cut(group: UnitGroup, table: ShardTable) -> int:
+    """How many of the dimensions of a group the plan cuts."""
+    return sum(table.by_name[member.name].dim == member.dim for member in group.members)
+
+
+def _pattern(module: nn.Module, name: str) -> str:
+    """A name for the same in every layer."""
+    stack = find_stack(module)
+    layer = next((layer for layer in (stack.layers if stack else ()) if name.startswith(f"{layer}.")), None)
+    if layer is None:
+        return generalize(name)
+    container, _, _ = layer.rpartition(".")
+    return f"{generalize(container)}.*{generalize(name.removeprefix(layer))}".lstrip(".")

@@ -107,8 +107,8 @@ def _narrower(config: PretrainedConfig, tp: int) -> list[str]:
     for name, value in widths.items():
         setattr(config, name, value // factor)
     for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(value := getattr(config, name, None), dict):
-            setattr(config, name, _narrower_rope(value, factor))
+        if isinstance(rope := vars(config).get(name), dict):
+            setattr(config, name, _narrower_rope(rope, factor))
     return [f"widths divided by {factor}, numbers of heads as they are"]
 
 
@@ -151,7 +151,7 @@ def _fewer_experts(config: PretrainedConfig, tp: int) -> list[str]:
         chosen = next((n for n in per_token if isinstance(n, int)), 1)
         groups = int(getattr(config, "n_group", None) or 1)
         least = max(4 * tp, 2 * chosen, 4 * groups)
-        fewer: int = count
+        fewer = count
         while fewer % 2 == 0 and fewer // 2 >= least and (fewer // 2 % tp == 0) == (count % tp == 0):
             fewer //= 2
         if fewer < count:
