@@ -21,7 +21,7 @@ from shardwright.plans.prove.judge import Failure
 from shardwright.plans.prove.trial import Bench, Trial
 from shardwright.plans.resolve import has_inputs_first, matching_pattern
 from shardwright.plans.stack import find_stack
-from shardwright.plans.styles import parse_style
+from shardwright.plans.styles import Cut, parse_style
 from shardwright.plans.table import ParameterRow, ShardTable
 
 PATIENCE_S = 20.0
@@ -207,6 +207,8 @@ def _parameter_site(module: nn.Module, plan: ParallelPlan, table: ShardTable, ro
     owner = module.get_submodule(owner_name)
     pattern = matching_pattern(plan, name)
     is_module = leaf in ("weight", "bias")
+    if pattern is not None and not (is_module or matches(pattern, name)) and plan.styles[pattern].cut is Cut.NONE:
+        pattern = None  # it is of the module that holds the parameter, and adds up what that gives
     entry = pattern or _pattern(module, owner_name if is_module else name)
     words: tuple[str, ...]
     if isinstance(owner, nn.Embedding):
