@@ -164,7 +164,8 @@ def has_inputs_first(owner: nn.Module) -> bool:
 def cut_dimension(owner: nn.Module, leaf: str, ndim: int, style: Style) -> int | None:
     """The dimension of a parameter that a style cuts; None if every rank holds all of it.
 
-    Linear weights are [outputs, inputs], stacked experts [experts, outputs, inputs]; a bias has outputs alone.
+    Linear weights are [outputs, inputs], stacked experts [experts, outputs, inputs], convolutions [outputs, inputs,
+    places]; a bias has outputs alone, those of stacked experts are [experts, outputs].
     """
     if ndim == 0 or style.cut is Cut.NONE:
         return None
@@ -172,10 +173,14 @@ def cut_dimension(owner: nn.Module, leaf: str, ndim: int, style: Style) -> int |
         return 0
     if style.cut is Cut.EMBEDDING:
         return ndim - 1
-    is_bias = ndim == 1 and (leaf == "bias" or isinstance(owner, nn.Linear))
     columns = style.is_column
     if ndim == 1:
+        is_bias = leaf == "bias" or isinstance(owner, nn.Linear)
         return None if is_bias and not columns else 0
+    if ndim == 2 and leaf.endswith("_bias"):
+        return 1 if columns else None
+    if isinstance(owner, nn.Conv1d):
+        return 0 if columns else 1
     if has_inputs_first(owner):
         columns = not columns
     return ndim - 2 if columns else ndim - 1

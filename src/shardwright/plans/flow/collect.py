@@ -248,6 +248,8 @@ def vocabulary_groups(flow: Flow) -> list[UnitGroup]:
     groups = []
     heads = heads_of(flow)
     for axis in flow.axes:
+        if not flow.atoms.find(axis.atoms).any():
+            continue  # code looks at it otherwise too
         if axis.dim == 0 and (axis.name in flow.tables or axis.name in heads):
             bias = heads.get(axis.name)
             names = [axis.name] if bias is None else [axis.name, bias]

@@ -90,17 +90,17 @@ def _of_partial_sums(flow: Flow, op: Op, refs: list[Ref], labels: dict[int, Labe
     if len(numbers) == 1:
         if stem in ("clone", "_to_copy", "neg", "copy", "alias", "contiguous"):
             allowed = True
-        elif stem == "mul":
-            allowed = len(partial) == 1 and all(labels.get(id(ref)) is None for ref in others)
-        elif stem == "div":
-            allowed = refs[0] in partial and len(partial) == 1 and all(labels.get(id(ref)) is None for ref in others)
+        elif stem == "mul" or (stem == "div" and refs[0] in partial):
+            allowed = len(partial) == 1
+            for ref in others:
+                flow.whole(labels.get(id(ref)))
         elif stem in ("add", "sub"):
             biases = [ref for ref in others if ref.storage in memory.roots]
             for ref in biases:
-                name = flow.trace.parameters.get(ref.storage, "")
+                name = next((name for name, _ in memory.origins(ref)), "")
                 owner, _, leaf = name.rpartition(".")
                 here = flow.trace.calls[-next(iter(numbers)) - 1].module
-                if leaf == "bias" and owner == here:
+                if leaf.endswith("bias") and owner == here:
                     flow.once.add(name)
                     others.remove(ref)
             allowed = not scalars and all(ref.storage in memory.zeros for ref in others)

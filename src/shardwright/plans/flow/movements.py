@@ -146,9 +146,10 @@ def lookup(flow: Flow, op: Op) -> None:
         if op.name == "aten.embedding" and name is not None and indices[0].storage in flow.tokens:
             flow.tables.add(name)
             memory.fix([c for c in candidates if c.shape[1] > 1])
-        elif axes == [0] and op.name != "aten.gather" and len(data.size) > 2:
+        elif axes == [0] and op.name != "aten.gather" and len(data.size) > 1:
             if name is not None:
                 flow.stacked.add(name)
+            memory.fix([c for c in candidates if len(c) > 1])
             lead = (1,) * len(indices[0].size)
             origins = memory.origins(data)
             kept = [

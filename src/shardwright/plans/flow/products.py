@@ -157,16 +157,17 @@ def multiply(flow: Flow, call: int, left: Side, right: Side) -> Labels | None:
         flow.memory.fix(right.candidates)
         return None
     if right.candidates is not None:
-        return _by_parameter(flow, call, left.labels, right.candidates, right.origins)
+        return _by_parameter(flow, call, left, right.candidates, right.origins)
     if left.candidates is not None:
         turned = None if right.labels is None else right.labels.swapaxes(1, 2)
-        made = _by_parameter(flow, call, turned, [c.swapaxes(1, 2) for c in left.candidates], left.origins)
+        data = Side(turned, has_batch=right.has_batch)
+        made = _by_parameter(flow, call, data, [c.swapaxes(1, 2) for c in left.candidates], left.origins)
         return None if made is None else made.swapaxes(1, 2)
     return _of_activations(flow, left, right)
 
 
 def _by_parameter(
-    flow: Flow, call: int, data: Labels | None, candidates: list[Labels], origins: tuple[Origin, ...]
+    flow: Flow, call: int, factor: Side, candidates: list[Labels], origins: tuple[Origin, ...]
 ) -> Labels | None:
     """An activation times a weight, of which `candidates` are [batch, inner, columns], of size 1 where all the same.
 
@@ -176,7 +177,11 @@ def _by_parameter(
     inner = [c for c in candidates if c.shape[1] > 1 and c.shape[2] == 1]
     batch = [c for c in candidates if c.shape[1] == c.shape[2] == 1]
     mixed = [c for c in candidates if c.shape[1] > 1 and c.shape[2] > 1]
+    if factor.has_batch and factor.labels is None:  # its matrices are whole, so that those of the weight must be
+        mixed += [c for c in columns if len(c) > 1]
+        columns = [c for c in columns if len(c) == 1]
     flow.memory.fix(mixed)
+    data = factor.labels
     if data is not None:
         data = flow.atoms.find(thin(data))
         if (data <= 0).any() or len(np.unique(data)) == 1:
@@ -186,6 +191,7 @@ def _by_parameter(
         flow.memory.fix([*columns[1:], *inner])
         if not columns:
             return None
+        flow.cut.update(o for c, o in zip(candidates, origins, strict=False) if c is columns[0])
         column = flow.atoms.find(columns[0])
         return column if column.any() else None
     if data.shape[2] == 1 or (data == data[:, :, :1]).all():

@@ -117,6 +117,11 @@ def _leave(flow: Flow, event: Exit) -> None:
 
 def _note_split(flow: Flow, before: Ref, after: Ref) -> None:
     """Remember the dimensions that a view divides, if they are cut."""
+    if before.storage in flow.memory.roots:
+        for candidate in flow.memory.candidates(after) or []:
+            if sum(size > 1 for size in candidate.shape) > 1:
+                flow.splits.append(candidate.squeeze())
+        return
     labels = flow.memory.labels(before)
     if labels is None or (labels < 0).any() or thin(labels).size == 1:
         return

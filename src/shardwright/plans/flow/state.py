@@ -50,6 +50,8 @@ class Flow:
         self.memory = Memory(self.atoms)
         self.axes: list[Axis] = []
         self.closings: list[Closing] = []
+        self.cut: set[Origin] = set(fixed)
+        """Columns that were cut, in this pass or one before."""
         self.sums: set[str] = set()
         """Modules at whose end partial sums are added up."""
         self.once: set[str] = set()
@@ -83,8 +85,9 @@ class Flow:
         self.memory.roots[ref.storage] = Root(ref, tuple(candidates), tuple(origins))
 
     def fixed(self) -> Fixed:
-        """What every rank turned out to have."""
-        flags = {(axis.name, axis.dim): self.atoms.find(axis.atoms) == 0 for axis in self.axes}
+        """Of what was cut, what every rank turned out to have."""
+        axes = [axis for axis in self.axes if (axis.name, axis.dim) in self.cut]
+        flags = {(axis.name, axis.dim): self.atoms.find(axis.atoms) == 0 for axis in axes}
         return {key: value for key, value in flags.items() if value.any()}
 
     def whole(self, labels: Labels | None) -> None:

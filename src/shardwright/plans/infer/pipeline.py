@@ -20,6 +20,8 @@ class Order:
     """Modules around the layers, by name, in the order of their calls."""
 
     before: tuple[str, ...]
+    between: tuple[str, ...]
+    """Of these no pipeline is made."""
     after: tuple[str, ...]
 
 
@@ -32,6 +34,8 @@ def pipeline_of(module: nn.Module, trace: Trace) -> dict[str, PipelineEntry]:
     if not calls:
         return {}
     order = order_of(module, trace, stack)
+    if order.between:
+        return {}
     carried = _carried(calls)
     entries = {name: _entry(module, trace, name, carried) for name in order.before}
     entries[container_of(module, stack)] = PipelineEntry(_inputs(calls[0], carried), (carried,))
@@ -51,6 +55,7 @@ def order_of(module: nn.Module, trace: Trace, stack: LayerStack) -> Order:
     numbers = [number for number, call in enumerate(trace.calls) if call.module in stack.layers]
     above = {".".join(stack.layers[0].split(".")[:depth]) for depth in range(stack.layers[0].count(".") + 1)}
     before: dict[str, None] = {}
+    between: dict[str, None] = {}
     after: dict[str, None] = {}
     for number, call in enumerate(trace.calls):
         parent = trace.calls[call.parent].module if call.parent is not None else None
@@ -60,9 +65,11 @@ def order_of(module: nn.Module, trace: Trace, stack: LayerStack) -> Order:
             continue
         if number < numbers[0]:
             before[call.module] = None
-        elif number > numbers[-1] and call.module not in before:
+        elif number < numbers[-1]:
+            between[call.module] = None
+        elif call.module not in before:
             after[call.module] = None
-    return Order(tuple(before), tuple(after))
+    return Order(tuple(before), tuple(between), tuple(after))
 
 
 def container_of(module: nn.Module, stack: LayerStack) -> str:

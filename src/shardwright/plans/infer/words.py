@@ -41,6 +41,7 @@ def words_of(module: nn.Module, followed: Followed) -> dict[str, str]:
             words |= _cut(module, flow, group)
         elif group.kind is UnitKind.VOCABULARY:
             words |= _vocabulary(module, flow, group)
+    words |= {name: ROW.name for name in flow.once if not is_linear(module.get_submodule(name.rpartition(".")[0]))}
     words |= _gathered(module, flow, words)
     return _patterns(
         module, flow, {other: word for name, word in words.items() for other in followed.kinds.names(name)}
@@ -81,7 +82,9 @@ def _cut(module: nn.Module, flow: Flow, group: UnitGroup) -> dict[str, str]:
 
 def _word_of_parameter(flow: Flow, member: Member, *, is_row: bool, is_packed: bool) -> str:
     """The word that cuts a parameter outside of linear modules along the right dimension, the last or that before."""
-    if len(flow.trace.refs[member.name].size) - 1 == member.dim > 0:
+    rank = len(flow.trace.refs[member.name].size)
+    is_bias = rank == 2 and member.name.endswith("_bias")
+    if rank - 1 == member.dim > 0 and not is_bias:
         if is_row:
             return ROW.name
         return PACKED_ROW.name if is_packed else LOCAL_ROW.name
@@ -126,19 +129,29 @@ def _gathered(module: nn.Module, flow: Flow, words: Mapping[str, str]) -> dict[s
 
 
 def _patterns(module: nn.Module, flow: Flow, words: Mapping[str, str]) -> dict[str, str]:
-    """Names as patterns where all that a pattern names have one word; what never ran goes with the others."""
+    """Names as patterns, if all that a pattern names have one word; what never ran goes with the others.
+
+    `*` stands for every number, or else for that of the layer, or else for none.
+    """
     called = {call.module for call in flow.trace.calls}
-    named = [name for name, _ in module.named_modules()]
-    held = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    by_pattern: dict[str, list[str]] = defaultdict(list)
-    for name in [*(n for n in named if n in called), *held]:
-        by_pattern[generalize(name)].append(name)
+    names = [name for name, _ in module.named_modules() if name in called]
+    names += [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    stack = find_stack(module)
+    layers = stack.layers if stack is not None else ()
+
+    def of_layer(name: str) -> str:
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        return name if layer is None else generalize(layer) + name[len(layer) :]
+
     plan: dict[str, str] = {}
-    for pattern, names in by_pattern.items():
-        found = [words.get(name) for name in names]
-        present = {word for word in found if word is not None}
-        if len(present) == 1 and None not in found:
-            plan[pattern] = present.pop()
-        elif present:
-            plan |= {name: word for name, word in zip(names, found, strict=True) if word is not None}
+    for way in (generalize, of_layer, str):
+        by_pattern: dict[str, set[str | None]] = defaultdict(set)
+        for name in names:
+            by_pattern[way(name)].add(words.get(name))
+        for name in list(names):
+            found = by_pattern[way(name)]
+            if len(found) == 1:
+                names.remove(name)
+                if (word := words.get(name)) is not None:
+                    plan[way(name)] = word
     return plan
