@@ -148,7 +148,8 @@ def test_vocabulary_rows_are_found_on_their_rank_and_scaled_once(own: type[nn.Em
         part = own(len(rows), 4)
         part.weight.data = rows
         become(part, VocabRows, collectives=collectives, row_pieces=pieces)
-        assert isinstance(part, own) and (own is Scaled or type(part) is VocabParallelEmbedding)
+        assert isinstance(part, own)
+        assert own is Scaled or type(part) is VocabParallelEmbedding
         return part(ids)
 
     for output in on_ranks(pieces, run):
@@ -165,7 +166,8 @@ def test_of_several_outputs_the_first_is_summed() -> None:
         module = Twofold()
         become(module, SummedOutput, DividedInput, collectives=collectives)
         output, flag = module(torch.full((2,), 6.0), flag="kept")
-        assert flag == "kept" and isinstance(module, Twofold)
+        assert flag == "kept"
+        assert isinstance(module, Twofold)
         return output
 
     for output in on_ranks(UNEVEN, run):
@@ -199,7 +201,8 @@ def test_parallel_linears_are_upcast_and_still_summed() -> None:
         part = part_of(whole, UNEVEN, collectives.rank, 1)
         become(part, SummedOutput, SplitInput, collectives=collectives, input_pieces=UNEVEN)
         assert upcast_linears(part) == 1
-        assert isinstance(part, UpcastLinear) and isinstance(part, SplitRowParallelLinear)
+        assert isinstance(part, UpcastLinear)
+        assert isinstance(part, SplitRowParallelLinear)
         return part(x)
 
     for output in on_ranks(UNEVEN, run):

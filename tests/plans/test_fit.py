@@ -221,7 +221,8 @@ def test_code_that_computes_whole_sizes_is_named_with_its_line() -> None:
     table = table_of(model, 2)
     (misfit,) = fit(model, table).misfits
     assert misfit.modules == ("layers.0.attention",)
-    assert "test_fit.py" in misfit.reason and "view(*x.shape[:-1], -1, self.head_dim)" in misfit.reason
+    assert "test_fit.py" in misfit.reason
+    assert "view(*x.shape[:-1], -1, self.head_dim)" in misfit.reason
 
 
 @pytest.mark.parametrize("attention", [SlopesOfWholeModel, WidthOfInput])
@@ -231,7 +232,8 @@ def test_what_cannot_be_cut_is_held_whole_and_the_rest_is_cut(attention: type[At
     fitting = fitted_table(model, whole)
     assert [misfit.modules for misfit in fitting.replicated] == [("layers.0.attention",)]
     dims = {row.name: row.dim for row in fitting.table.parameters}
-    assert dims["layers.0.attention.q.weight"] is None and dims["layers.1.attention.q.weight"] == 0
+    assert dims["layers.0.attention.q.weight"] is None
+    assert dims["layers.1.attention.q.weight"] == 0
     assert whole.weight_bytes(0, 0) < fitting.table.weight_bytes(0, 0) < sum(p.nbytes for p in model.parameters())
     assert largest_difference(model, fitting.table, fitting.fitted) < 1e-5
 

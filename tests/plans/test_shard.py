@@ -160,18 +160,21 @@ def test_logits_can_go_to_the_first_rank_alone() -> None:
 
     first, second = run_ranks(2, run)
     assert largest_difference([first], logits_of(model)) < 1e-5
-    assert second.shape == first.shape and not second.any()
+    assert second.shape == first.shape
+    assert not second.any()
 
 
-def test_whole_experts_are_dealt_unevenly() -> None:
+EXPERTS = "model.layers.*.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{EXPERTS: "ep_dispatch_experts"}, {EXPERTS: "gather", "model.layers.*.mlp.gate": "ep_router"}],
+    ids=["v5", "v4"],
+)
+def test_whole_experts_are_dealt_unevenly(entries: dict[str, str]) -> None:
     model = make_model("mixtral")
-    plan = ParallelPlan(
-        tp={
-            "model.layers.*.mlp.experts": "ep_dispatch_experts",
-            "model.layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-            "model.layers.*.mlp.experts.down_proj": "grouped_gemm",
-        }
-    )
-    table = table_of(model, plan, tp=3)
+    weights = dict.fromkeys((f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"), "grouped_gemm")
+    table = table_of(model, ParallelPlan(tp=entries | weights), tp=3)
     assert table.by_name["model.layers.0.mlp.experts.down_proj"].pieces(3) == [2, 1, 1]
     assert largest_difference(sharded_logits(model, table), logits_of(model)) < 1e-5

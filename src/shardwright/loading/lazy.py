@@ -172,8 +172,8 @@ class _Stacked(LazyTensor):
     def read(self, box: Box) -> Tensor:
         inner = (*box[: self._dim], *box[self._dim + 1 :])
         start, stop = box[self._dim]
-        parts = [source.read(inner) for source in self._sources[start:stop]]
-        return torch.stack(parts, self._dim) if parts else self._sources[0].read(inner).unsqueeze(self._dim)[:0]
+        parts = [source.read(inner) for source in self._sources[start:stop] or self._sources[:1]]
+        return torch.stack(parts, self._dim).narrow(self._dim, 0, stop - start)
 
 
 class _Narrowed(LazyTensor):
