@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,11 +44,12 @@ def test_a_cached_prefix_does_not_outweigh_a_longer_queue() -> None:
     assert router.choose(keys_of(prompt), {0: 0, 1: 5, 2: 41}) == 0
 
 
-def test_idle_replicas_take_turns_so_that_all_caches_fill() -> None:
+@pytest.mark.parametrize("length", [3, 20])
+def test_idle_replicas_take_turns_so_that_all_caches_fill(length: int) -> None:
     router = make_router()
     chosen = []
     for first in range(0, 600, 100):
-        keys = keys_of(list(range(first, first + 20)))
+        keys = keys_of(list(range(first, first + length)))
         chosen.append(router.choose(keys, {0: 0, 1: 0, 2: 0}))
         router.note(chosen[-1], keys)
     assert chosen == [0, 1, 2, 0, 1, 2]

@@ -6,6 +6,7 @@ many as its cache has blocks, least recently used first out.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,8 @@ class Router:
         self._block_size = block_size
         self._max_keys = min(num_blocks, MAX_KEYS)
         self._known: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in range(num_replicas)]
+        self._choices = itertools.count(1)
+        self._last_chosen = [0] * num_replicas
 
     def choose(self, keys: Sequence[bytes], loads: Mapping[int, int]) -> int:
         """The replica for a prompt.
@@ -33,13 +36,15 @@ class Router:
         Args:
             keys: of its whole blocks.
             loads: per replica that may be chosen, the tokens of its unfinished sequences. A token to be computed weighs
-                as much as one of a sequence beside it; of equals, the replica whose cache is emptier is chosen.
+                as much as one of a sequence beside it; equals take turns.
         """
 
-        def cost(replica: int) -> tuple[int, int, int]:
-            return loads[replica] - self.num_cached(replica, keys), len(self._known[replica]), replica
+        def cost(replica: int) -> tuple[int, int]:
+            return loads[replica] - self.num_cached(replica, keys), self._last_chosen[replica]
 
-        return min(loads, key=cost)
+        chosen = min(loads, key=cost)
+        self._last_chosen[chosen] = next(self._choices)
+        return chosen
 
     def num_cached(self, replica: int, keys: Sequence[bytes]) -> int:
         """Tokens at the beginning of a prompt that a replica probably has cached."""
