@@ -85,6 +85,13 @@ MIXED: Table = {
 }
 """Experts, latent attention, chunks, sinks, and several of them at once."""
 
+OWN_ATTENTION: Table = {
+    "bloom": {},
+    "codegen": {"n_ctx": 256, "rotary_dim": 8},
+    "mpt": {"d_model": 60, "n_heads": 5, "n_layers": 2, "max_seq_len": 256},
+}
+"""They compute their attention themselves; slopes by distance among them, of five heads too."""
+
 LINEAR_LAYERS = ["full_attention", "linear_attention"] * 2
 """The first one is full: Transformers' MiniMax counts positions by its keys, so that its own cache is wrong else."""
 
@@ -99,5 +106,5 @@ STATES: Table = {
 }  # fmt: skip
 """Layers with a state: in Transformers' cache, in a cache class of the model's own, on its modules, handed out."""
 
-QUICK = ("deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "llama4_text", "mistral")
+QUICK = ("bloom", "deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "llama4_text", "mistral")
 """One of each kind, for the daily run."""

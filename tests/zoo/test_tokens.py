@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.zoo.architectures import FULL, MIXED, QUICK, SLIDING
+from tests.zoo.architectures import FULL, MIXED, OWN_ATTENTION, QUICK, SLIDING
 from tests.zoo.builder import PROMPT_LENGTHS, build
 from tests.zoo.served import Architecture
 
-ARCHITECTURES = FULL | SLIDING | MIXED
+ARCHITECTURES = FULL | SLIDING | MIXED | OWN_ATTENTION
 
 
 @pytest.fixture(
@@ -16,7 +16,8 @@ ARCHITECTURES = FULL | SLIDING | MIXED
 )
 def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     directory = tmp_path_factory.mktemp("zoo") / request.param
-    return Architecture(build(request.param, ARCHITECTURES[request.param], directory))
+    rung = "dataflow" if request.param in OWN_ATTENTION else "interface"
+    return Architecture(build(request.param, ARCHITECTURES[request.param], directory), rung)
 
 
 def test_alone(architecture: Architecture) -> None:
