@@ -238,14 +238,18 @@ class _Left(BaseException):  # no code of a model's author catches it
 
 
 def _drop_parameters(module: nn.Module, table: ShardTable, stage: int) -> None:
-    """Put zeros that take no memory where parameters of other stages were: code may ask for their type and shape."""
+    """Put something that takes no memory where parameters of other stages were, for code that asks for their type.
+
+    Outside of the layers it also has their shape: modules there may run, to no avail.
+    """
+    within = tuple(f"{layer}." for one in table.stages for layer in one.layers)
     for row in table.parameters:
         if stage in row.stages:
             continue
         old = module.get_parameter(row.name)
-        zeros = torch.zeros((), dtype=old.dtype, device=old.device).expand(row.shape)
+        nothing = torch.zeros((), dtype=old.dtype, device=old.device).expand(row.shape)
         for name in (row.name, *row.aliases):
             owner, _, leaf = name.rpartition(".")
             held = module.get_submodule(owner)
             del held._parameters[leaf]
-            setattr(held, leaf, zeros)
+            setattr(held, leaf, nothing.new_empty(0) if name.startswith(within) else nothing)

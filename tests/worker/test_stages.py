@@ -1,0 +1,163 @@
+"""Pipeline stages climb the ladder together: each on its own layers, all to the same rung."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.plans.staged import make_stages, table_of
+from tests.zoo.builder import draw, make_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwright.config import ParallelConfig
+from shardwright.plans.pipeline import PipelineStage
+from shardwright.worker.ladder import climb
+from shardwright.worker.part import give_empty_logits
+from shardwright.worker.step import StepModel
+
+WIDTH, VOCABULARY, POSITIONS = 32, 128, 64
+TWO_STAGES = ParallelConfig(pipeline_parallel_size=2, distributed_executor_backend="mp")
+
+
+class Block(nn.Module):
+    def __init__(self, *, attends: bool = True) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH) if attends else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.qkv is None:
+            return x + self.out(F.gelu(self.norm(x)))
+        q, k, v = (y.view(1, -1, 2, WIDTH // 2).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Raw(Block):
+    """Attention written out."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+class Model(nn.Module):
+    def __init__(self, layers: list[nn.Module], *, last_alone: bool = False) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(POSITIONS, WIDTH)
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.last_alone = last_alone
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, -1:] if self.last_alone else x)  # type: ignore[no-any-return]
+
+
+def config_model(model_type: str, **fields: object) -> Callable[[], nn.Module]:
+    return lambda: draw(make_config(model_type, fields), seed=0)
+
+
+class Disagreed(Exception):
+    """The last stage says no where the first was told that all say yes."""
+
+
+def climb_in_turn(module: nn.Module) -> list[StepModel]:
+    """Both stages climb, the first before the second: what it hands over waits.
+
+    The first does not know yet what the second will say no to; so they begin anew, with what is known by now. The last
+    one compares with its own plain forward pass, in steps of several requests, before it stands anywhere.
+    """
+    denied: set[int] = set()
+    while True:
+        models, answers = [], list[bool]()
+        try:
+            for part, stage in make_stages(module, table_of(module, 2)):
+                if not models:
+                    give_empty_logits(part)
+                models.append(_climb(part, stage, denied, answers, is_last=bool(models)))
+        except Disagreed:
+            continue
+        return models
+
+
+def _climb(part: nn.Module, stage: PipelineStage, denied: set[int], answers: list[bool], *, is_last: bool) -> StepModel:
+    number = -1
+
+    def agree(value: bool) -> bool:
+        nonlocal number
+        number += 1
+        stage.settle()
+        if not is_last:
+            answers.append(value and number not in denied)
+        elif answers[number] and not value:
+            denied.add(number)
+            raise Disagreed
+        return answers[number]
+
+    return climb(
+        part,
+        num_positions=POSITIONS,
+        vocab_size=VOCABULARY,
+        block_size=4,
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+        parallel=TWO_STAGES,
+        agree=agree,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "rung", "num_layers"),
+    [
+        (config_model("llama"), "interface", [1, 1]),
+        (config_model("gpt2"), "interface", [1, 1]),
+        (config_model("mistral", num_hidden_layers=3), "interface", [2, 1]),
+        (config_model("mamba"), "state", [0, 0]),
+        (config_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "state", [0, 1]),
+        (lambda: Model([Block() for _ in range(3)]), "sdpa", [2, 1]),
+        (lambda: Model([Raw() for _ in range(2)]), "dataflow", [1, 1]),
+        (lambda: Model([Block() for _ in range(2)], last_alone=True), "sdpa", [1, 1]),
+    ],
+    ids=["llama", "gpt2", "sliding", "states", "states apart", "sdpa", "raw", "last token alone"],
+)
+def test_stages_stand_on_the_rung_of_the_whole_model(
+    make: Callable[[], nn.Module], rung: str, num_layers: list[int]
+) -> None:
+    torch.manual_seed(0)
+    models = climb_in_turn(make().eval())
+    assert [model.rung for model in models] == [rung, rung]
+    counts = [len(model.layers) for model in models]
+    assert sorted(counts) == sorted(num_layers)
+
+
+def test_a_stage_without_attention_goes_along() -> None:
+    torch.manual_seed(0)
+    models = climb_in_turn(Model([Block(attends=False), Block()]).eval())
+    assert [len(model.layers) for model in models] == [0, 1]
+    assert models[1].rung == "sdpa"
+    assert models[0].bytes_per_block(4) > 0
+
+
+def test_a_rung_that_is_wrong_for_another_rank_is_not_taken() -> None:
+    answers = iter([True, True, True, False])  # its own forward pass, positions, what it asks for, its logits
+    model = climb(
+        draw(make_config("llama", {}), seed=0),
+        num_positions=POSITIONS,
+        vocab_size=VOCABULARY,
+        block_size=4,
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+        agree=lambda value: value and next(answers, True),
+    )
+    assert model.rung == "dataflow"
+    assert next(answers, None) is None
