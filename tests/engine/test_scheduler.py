@@ -222,4 +222,8 @@ def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_prefix_behind
     )
     assert output.finish_reason is FinishReason.ABORT
     scheduler.add(make_request("b", 9))
-    assert scheduler.schedule().num_computed == [0]
+    batch = scheduler.schedule()
+    assert batch.num_computed == [0]
+    assert batch.spoiled_rows == [0]  # for the ranks that did not see it
+    scheduler.update(worker.execute(batch))
+    assert scheduler.schedule().spoiled_rows == []

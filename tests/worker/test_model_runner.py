@@ -14,6 +14,7 @@ from shardwright.sampling_params import SamplingParams
 from shardwright.worker.batch import Batch, NewRow, StepResult, TableUpdate
 from shardwright.worker.ladder import climb
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
+from shardwright.worker.step import StepTables
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -27,6 +28,7 @@ class Rank:
     """A runner, and the same model by itself."""
 
     max_model_len: int = 64
+    samples: bool = True
     plain: PreTrainedModel = field(default_factory=make_tale)
     served: PreTrainedModel = field(default_factory=make_tale)
     runner: ModelRunner = field(init=False)
@@ -40,7 +42,7 @@ class Rank:
         limits = RunnerLimits(
             max_num_seqs=4, max_model_len=self.max_model_len, vocab_size=128, block_size=BLOCK_SIZE
         )  # fmt: skip
-        self.runner = ModelRunner(model, limits, device=CPU, seed=0)
+        self.runner = ModelRunner(model, limits, device=CPU, seed=0, samples=self.samples)
 
     def step(
         self,
@@ -50,6 +52,7 @@ class Rank:
         blocks: dict[int, list[int]] | None = None,
         params: SamplingParams = GREEDY,
         num_prompt_tokens: int | None = None,
+        **told: list[int],
     ) -> StepResult:
         """One step of (row, tokens computed before, tokens now); `new` and `blocks` are by row."""
         new_rows = [
@@ -58,7 +61,14 @@ class Rank:
         updates = [TableUpdate(row, 0, 0, own) for row, own in (blocks or {}).items()]
         rows, num_computed, num_tokens = (list(column) for column in zip(*work, strict=True))
         return self.runner.execute(
-            Batch(rows=rows, num_computed=num_computed, num_tokens=num_tokens, new_rows=new_rows, table_updates=updates)
+            Batch(
+                rows=rows,
+                num_computed=num_computed,
+                num_tokens=num_tokens,
+                new_rows=new_rows,
+                table_updates=updates,
+                **told,
+            )
         )
 
 
@@ -156,6 +166,52 @@ def test_logits_that_are_not_numbers_spoil_one_request_only(rank: Rank) -> None:
     heir = rank.step([(0, 0, 5)], new={0: SECOND}, blocks={0: [7, 3]})  # fewer tokens than its blocks held before
     assert heir.token_ids == expected[:1]
     assert rank.step([(0, 5, 1)]).token_ids == expected[1:]
+
+
+@pytest.fixture
+def follower() -> tuple[Rank, list[list[int]]]:
+    """A rank that does not sample, and the likeliest tokens by what it computed in each step."""
+    rank, seen = Rank(samples=False), []
+    compute = rank.runner._model.compute
+
+    def watched(step: StepTables) -> Tensor:
+        logits = compute(step)
+        seen.append(logits.argmax(-1).tolist())
+        return logits
+
+    rank.runner._model.compute = watched
+    return rank, seen
+
+
+def test_a_rank_that_does_not_sample_learns_tokens_from_batches(follower: tuple[Rank, list[list[int]]]) -> None:
+    rank, seen = follower
+    first, second = greedy_by_recompute(rank.plain, FIRST, 3), greedy_by_recompute(rank.plain, SECOND, 2)
+    assert rank.step([(0, 0, 9), (2, 0, 5)], new={0: FIRST, 2: SECOND}, blocks={0: [7, 3, 21], 2: [4, 30]}) is None
+    told = {"sampled_rows": [2, 0], "sampled_token_ids": [second[0], first[0]]}
+    assert rank.step([(0, 9, 1)], **told) is None
+    # Row 2 has got another sequence: its last token is of no use any more.
+    told = {"sampled_rows": [0, 2], "sampled_token_ids": [first[1], 17]}
+    rank.step([(0, 10, 1), (2, 0, 5)], new={2: SECOND}, blocks={2: [4, 30]}, **told)
+    rank.step([(2, 5, 1)], sampled_rows=[2], sampled_token_ids=[second[0]])
+    assert seen == [[first[0], second[0]], [first[1]], [first[2], second[0]], [second[1]]]
+
+
+def test_a_rank_that_does_not_sample_is_told_of_spoiled_rows(follower: tuple[Rank, list[list[int]]]) -> None:
+    rank, seen = follower
+    rank.served.words.weight.data[99] = float("nan")
+    rank.step([(0, 0, 8)], new={0: [7, 99, 8, 9, 10, 11, 12, 13]}, blocks={0: [7, 3]})
+    rank.step([(0, 0, 5)], new={0: SECOND}, blocks={0: [7, 3]}, spoiled_rows=[0])
+    assert seen[1:] == [greedy_by_recompute(rank.plain, SECOND, 1)]
+
+
+def test_blocks_of_groups_that_a_rank_has_no_layer_of_are_passed_over(rank: Rank) -> None:
+    rank.runner._group_places = [None, 0]
+    batch = Batch(
+        rows=[0], num_computed=[0], num_tokens=[5], new_rows=[NewRow(0, SECOND, 5, GREEDY, [])],
+        table_updates=[TableUpdate(0, 0, 0, [1, 1]), TableUpdate(0, 1, 0, [8, 9])],
+    )  # fmt: skip
+    assert rank.runner.execute(batch).token_ids == greedy_by_recompute(rank.plain, SECOND, 1)
+    assert rank.runner._block_tables[0][0, :2].tolist() == [8, 9]
 
 
 def test_the_last_token_may_fill_the_row() -> None:

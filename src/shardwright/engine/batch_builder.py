@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 from shardwright.engine.in_flight import ScheduledTokens
 from shardwright.engine.request import Request
 from shardwright.worker.batch import Batch, NewRow, TableUpdate
+
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class BatchBuilder:
@@ -63,12 +68,15 @@ class BatchBuilder:
             self.budget += part.num_tokens
             self._updates = [update for update in self._updates if update.row != request.row]
 
-    def build(self, *, freed_rows: list[int], sampled: dict[int, int]) -> Batch:
+    def build(
+        self, *, freed_rows: Sequence[int] = (), sampled: Mapping[int, int] = NOTHING, spoiled_rows: Sequence[int] = ()
+    ) -> Batch:
         """The batch.
 
         Args:
             freed_rows: rows that came free since the last batch.
             sampled: tokens by row that came in since the last batch.
+            spoiled_rows: rows of sequences that ended since the last batch, because their logits were not numbers.
         """
         parts = self._parts.values()
         return Batch(
@@ -77,7 +85,8 @@ class BatchBuilder:
             num_tokens=[part.num_tokens for part in parts],
             new_rows=self._new_rows,
             table_updates=self._updates,
-            freed_rows=freed_rows,
+            freed_rows=list(freed_rows),
             sampled_rows=list(sampled),
             sampled_token_ids=list(sampled.values()),
+            spoiled_rows=list(spoiled_rows),
         )

@@ -61,6 +61,8 @@ class Scheduler:
         """Those that have not ended, by id."""
         self._sampled: dict[int, int] = {}
         """Tokens by row that came in since the last batch."""
+        self._spoiled_rows: list[int] = []
+        """Of sequences that ended since the last batch, because their logits were not numbers."""
         self._arrivals = 0
         self._counters = _Counters()
 
@@ -129,6 +131,7 @@ class Scheduler:
         """The batch that was scheduled last has reached no worker and will not: its sequences wait again."""
         self.memory.return_freed_rows(batch.freed_rows)
         self._sampled |= zip(batch.sampled_rows, batch.sampled_token_ids, strict=True)
+        self._spoiled_rows += batch.spoiled_rows
         for part in self.in_flight.pop_newest():
             self.memory.forget_prefix(part.request)
             if part.request.num_in_flight:  # with an earlier piece of its prompt
@@ -143,6 +146,7 @@ class Scheduler:
         self.in_flight.clear()
         self.memory.reset()
         self._sampled.clear()
+        self._spoiled_rows.clear()
         for request in self.running:
             request.row = request.blocks = None
             self._wait(request)
@@ -183,9 +187,12 @@ class Scheduler:
         """The batch of a step, if it has anything to compute, is in flight from here on."""
         parts = step.parts
         if not parts:
-            return step.build(freed_rows=[], sampled={})
-        batch = step.build(freed_rows=self.memory.take_freed_rows(), sampled=self._sampled)
+            return step.build()
+        batch = step.build(
+            freed_rows=self.memory.take_freed_rows(), sampled=self._sampled, spoiled_rows=self._spoiled_rows
+        )
         self._sampled.clear()
+        self._spoiled_rows.clear()
         self.in_flight.push(parts)
         for part in parts:
             part.request.num_computed_tokens += part.num_tokens
@@ -246,6 +253,7 @@ class Scheduler:
         if place in result.errors:
             logger.error("request %s ended: %s", request.request_id, result.errors[place])
             self.memory.forget_prefix(request)
+            self._spoiled_rows.append(request.held_row)
             request.finish(FinishReason.ABORT)
         if request.is_finished:
             self._release(request)

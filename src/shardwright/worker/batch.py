@@ -52,6 +52,9 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     sample write the tokens down before they take in `new_rows`."""
     sampled_token_ids: list[int] = []
     """Their tokens, in the order of `sampled_rows`."""
+    spoiled_rows: list[int] = []
+    """Rows whose logits were not numbers in results that came in since the last batch. The rank that sampled has made
+    their blocks harmless; the others do before all else."""
 
     @property
     def total_tokens(self) -> int:

@@ -109,8 +109,11 @@ class ModelRunner:
 
     def _take_in(self, batch: Batch) -> None:
         """Write down what is new in the batch."""
-        if not self._samples and batch.sampled_rows:
-            self._remember(np.array(batch.sampled_rows), np.array(batch.sampled_token_ids))
+        if not self._samples:
+            for row in batch.spoiled_rows:
+                self._scrub(row)
+            if batch.sampled_rows:
+                self._remember(np.array(batch.sampled_rows), np.array(batch.sampled_token_ids))
         self._model.release(batch.freed_rows)
         for new in batch.new_rows:
             tokens = np.array(new.token_ids, dtype=np.int32)

@@ -20,7 +20,7 @@ class Placement:
     gpu: int = 0
     """The number of its GPU among those that its process sees, if ranks are on GPUs."""
     num_local: int = 1
-    """Ranks on this machine: they share its cores and its memory."""
+    """Ranks on this machine, those of other replicas among them: they share its cores and its memory."""
 
     @property
     def num_ranks(self) -> int:
