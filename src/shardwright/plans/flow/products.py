@@ -174,6 +174,7 @@ def _by_parameter(
     What every rank has gives columns that are cut. What is cut by columns gives partial sums.
     """
     columns = [c for c in candidates if c.shape[2] > 1 and c.shape[1] == 1]
+    columns.sort(key=lambda c: len(np.unique(c)), reverse=True)
     inner = [c for c in candidates if c.shape[1] > 1 and c.shape[2] == 1]
     batch = [c for c in candidates if c.shape[1] == c.shape[2] == 1]
     mixed = [c for c in candidates if c.shape[1] > 1 and c.shape[2] > 1]
