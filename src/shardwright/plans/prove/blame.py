@@ -85,7 +85,8 @@ def find_blame(bench: Bench, trial: Trial, failure: Failure) -> Blame:
     """
     module, plan, table = bench.subject.module, trial.plan, trial.table
     deadline = time.monotonic() + PATIENCE_S
-    block = _scopes(failure.module)[0] if _is_leaf(module, failure.module) else failure.module
+    held = module.get_submodule(failure.module)
+    block = failure.module if any(held.children()) else _scopes(failure.module)[0]
     end = max((i for i, call in enumerate(bench.subject.calls) if call.module == block), default=failure.place)
     past: Edits = ()
     candidates = [edits for edits in dict.fromkeys(_candidates(module, plan, table, failure)) if edits]
@@ -131,8 +132,8 @@ def _candidates(module: nn.Module, plan: ParallelPlan, table: ShardTable, failur
             yield together
         yield from (edits for site in own for edits in _others(site))
         yield from (edits for site in others for edits in _others(site))
-    for sites in [_cut_with(module, plan, table, failure.module), *scopes]:
-        yield tuple((site.entry, None) for site in sites if site.current is not None)
+        for less in (_cut_with(module, plan, table, failure.module), sites):
+            yield tuple((site.entry, None) for site in less if site.current is not None)
 
 
 def _cut_with(module: nn.Module, plan: ParallelPlan, table: ShardTable, name: str) -> list[_Site]:
