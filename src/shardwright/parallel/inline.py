@@ -8,7 +8,6 @@ from shardwright.config import EngineConfig
 from shardwright.parallel.merge import log_start, merge
 from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.placement import Placement
-from shardwright.worker.placement import Placement
 from shardwright.worker.worker import Worker
 
 
