@@ -53,6 +53,13 @@ def test_async_stream() -> None:
     assert order != sorted(order, key=order.index), "the completions ran one after another"
 
 
+def test_plan_proof() -> None:
+    wrong, right = run_example("plan_proof.py", MODEL).split("\n\n")
+    assert "error: model.layers.*.self_attn.o_proj" in wrong
+    assert right.splitlines()[-1].startswith("proof holds: ")
+    assert "not ok" not in right
+
+
 def test_openai_client(url: str) -> None:
     *answer, completion = run_example("openai_client.py", url).splitlines()
     assert len(" ".join(answer)) > 20

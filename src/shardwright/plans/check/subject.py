@@ -14,9 +14,9 @@ from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.groups import Member, UnitGroup
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.resolve import cut_dimension, has_inputs_first, matching_pattern, parameters_of, resolve
+from shardwright.plans.resolve import acts, cut_dimension, has_inputs_first, matching_pattern, parameters_of, resolve
 from shardwright.plans.stages import layer_stack
-from shardwright.plans.styles import REPLICATE, Input, Output, Style
+from shardwright.plans.styles import REPLICATE, Cut, Input, Output, Style
 from shardwright.plans.table import ShardTable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -140,6 +140,8 @@ class Subject:
     def _weight(self, name: str, aliases: tuple[str, ...], parameter: nn.Parameter, owner: nn.Module) -> Weight:
         patterns = (matching_pattern(self.plan, n) for n in (name, *aliases))
         pattern = next((p for p in patterns if p is not None), None)
+        if pattern is not None and self._is_of_container(pattern, name):
+            pattern = None
         style = REPLICATE if pattern is None else self.plan.styles[pattern]
         return Weight(
             name=name,
@@ -151,6 +153,11 @@ class Subject:
             style=style,
             dim=cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style),
         )
+
+    def _is_of_container(self, pattern: str, name: str) -> bool:
+        """Whether an entry says only what becomes of the output of the module that a parameter is in."""
+        style = self.plan.styles[pattern]
+        return style.cut is Cut.NONE and acts(style) and not matches(pattern, name)
 
     @cached_property
     def by_name(self) -> dict[str, Weight]:

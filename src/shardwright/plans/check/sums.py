@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from shardwright.plans.check.findings import Finding, Severity
 from shardwright.plans.check.subject import Subject, Weight, is_stack, line
-from shardwright.plans.styles import DISPATCH, IDENTITY_EXPERT, ROUTER, SUM, Cut, Output
+from shardwright.plans.styles import DISPATCH, IDENTITY_EXPERT, ROUTER, ROW, Cut, Output
 
 
 def check_sums(subject: Subject) -> Iterator[Finding]:
@@ -44,17 +44,14 @@ def _is_partial(weight: Weight) -> bool:
 
 
 def _never_added(subject: Subject, weight: Weight) -> Finding:
-    where, module = subject.guilty(weight), subject.general[weight.module]
-    word = SUM.name
+    module = subject.general[weight.module]
     if weight.is_linear:
-        word = "rowwise"
-    elif weight.style.cut is Cut.EXPERTS:
-        word = DISPATCH.name
+        where, word = subject.guilty(weight), ROW.name
     else:
-        word = "moe_tp_experts"
+        where = subject.typos.get(module, module)
+        word = DISPATCH.name if weight.style.cut is Cut.EXPERTS else "moe_tp_experts"
     message = f"{weight.style.name} leaves every rank a partial sum, and no entry adds them up"
-    near = subject.typos.get(module)
-    return Finding(Severity.ERROR, near or where, message, line(module, word), f"tp {near or where}")
+    return Finding(Severity.ERROR, where, message, line(module, word), f"tp {where}")
 
 
 def _added_twice(subject: Subject, weight: Weight, outer: str) -> Finding:
