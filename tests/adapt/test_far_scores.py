@@ -126,5 +126,5 @@ def test_biases_reach_as_far_as_sequences() -> None:
     assert {tuple(fitted.params.bias_HN.shape) for fitted in slopes} == {(4, POSITIONS)}
     assert slopes[0].params.bias_HN is slopes[1].params.bias_HN, "equal ones are kept once"
     for kind, config in ((T5BiasLM, T5BiasConfig()), (ClippedRelativeLM, ClippedRelativeConfig())):
-        tables = understood(kind, config, 4000)._attentions
+        tables = understood(kind, config, POSITIONS)._attentions
         assert all(fitted.bias.is_settled for fitted in tables)

@@ -18,7 +18,7 @@ from shardwright.cache.spec import Visibility, VisibilityKind
 from shardwright.errors import UnsupportedModelError
 
 
-def understood(kind: Any, config: Any, *, num_positions: int = 256, dtype: torch.dtype = torch.float32) -> Any:
+def understood(kind: Any, config: Any, num_positions: int = 256, *, dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config).eval()
