@@ -77,7 +77,7 @@ def nearest(pattern: str, names: Iterable[str]) -> str | None:
 def _likeness(left: str, right: str) -> float:
     """How much two names look alike; 0 if they do not."""
     last = difflib.SequenceMatcher(None, left.rpartition(".")[2], right.rpartition(".")[2]).ratio()
-    whole = difflib.SequenceMatcher(None, left.split("."), right.split(".")).ratio()
+    whole = difflib.SequenceMatcher(None, left, right).ratio()
     return last + whole if last >= LIKE else 0.0
 
 
@@ -237,13 +237,13 @@ class Subject:
     @cached_property
     def typos(self) -> dict[str, str]:
         """Names that the plan lacks, to entries that match nothing and may mean them."""
-        lacking = {self.lacking(weight): weight for weight in self.weights if weight.pattern is None}
+        lacking = {self.lacking(weight) for weight in self.weights if weight.pattern is None}
+        unmatched = [pattern for pattern, names in self.matched.items() if not names]
+        alike = [(_likeness(pattern, name), pattern, name) for pattern in unmatched for name in lacking]
         found: dict[str, str] = {}
-        for pattern in self.plan.tp:
-            if not self.matched[pattern]:
-                near = nearest(pattern, [name for name in lacking if name not in found])
-                if near is not None:
-                    found[near] = pattern
+        for likeness, pattern, name in sorted(alike, reverse=True):
+            if likeness > 0 and name not in found and pattern not in found.values():
+                found[name] = pattern
         return found
 
     def guilty(self, weight: Weight) -> str:
