@@ -9,8 +9,12 @@ import torch
 from tests.custom.models.baddbmm_net.modeling_baddbmm_net import BaddbmmConfig, BaddbmmNet
 from tests.custom.models.capped_scores.modeling_capped_scores import CappedConfig, CappedLM
 from tests.custom.models.flat_head.modeling_flat_head import FlatHeadConfig, FlatHeadGPT
+from tests.custom.models.grouped_einsum.modeling_grouped_einsum import GroupedEinsumConfig, GroupedEinsumLM
 from tests.custom.models.grouped_queries.modeling_grouped_queries import GroupedConfig, GroupedLM
 from tests.custom.models.local_global.modeling_local_global import LocalGlobalConfig, LocalGlobalLM
+from tests.custom.models.own_softmax.modeling_own_softmax import OwnSoftmaxConfig, OwnSoftmaxLM
+from tests.custom.models.sink_column.modeling_sink_column import SinkColumnConfig, SinkColumnLM
+from tests.custom.models.tiled_heads.modeling_tiled_heads import TiledHeadsConfig, TiledHeadsLM
 from tests.custom.models.tril_gpt.modeling_tril_gpt import TrilConfig, TrilGPT
 
 from shardwright.adapt.intercepted_model import LONG_TRACE, InterceptedModel
@@ -32,6 +36,22 @@ def test_heads_and_scale_of_a_call() -> None:
     served = understood(GroupedLM, GroupedConfig())
     assert {(layer.num_heads, layer.num_kv_heads) for layer in served.layers} == {(4, 1)}
     assert {fitted.params.scale for fitted in served._attentions} == {0.3}
+
+
+@pytest.mark.parametrize(("kind", "config"), [(GroupedEinsumLM, GroupedEinsumConfig), (TiledHeadsLM, TiledHeadsConfig)])
+def test_repeated_heads_are_kept_once_in_any_order(kind: Any, config: Any) -> None:
+    served = understood(kind, config())
+    assert {(layer.num_heads, layer.num_kv_heads) for layer in served.layers} == {(4, 2)}
+    orders = [None if a.order is None else a.order.tolist() for a in served._attentions]
+    assert orders == ([[0, 2, 1, 3]] * 2 if kind is TiledHeadsLM else [None] * 2)
+
+
+def test_sinks_are_read_from_weights() -> None:
+    served = understood(SinkColumnLM, SinkColumnConfig())
+    for fitted, layer in zip(served._attentions, served.module.layers, strict=True):
+        torch.testing.assert_close(fitted.params.sinks_H, layer.sinks.data, rtol=1e-3, atol=1e-3)
+    for fitted in understood(OwnSoftmaxLM, OwnSoftmaxConfig())._attentions:
+        assert fitted.params.sinks_H.tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("cap", [5.0, 30.0])
