@@ -23,11 +23,11 @@ PROMPTS = ["Once upon a time", "The cat sat on", "Why is it so"]
 OPTIONS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": 0}]
 
 
-@pytest.fixture(scope="module", params=[("--tensor-parallel-size", "2")], ids=["tp2"])
+@pytest.fixture(scope="module", params=["--tensor-parallel-size", "--pipeline-parallel-size"])
 def server(tiny_llama: Path, request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     port = free_port()
     command = ["-m", "shardwright", "serve", str(tiny_llama), "--port", str(port), "--served-model-name", "tiny"]
-    options = ["--kv-cache-memory-bytes", "4MiB", "--dtype", "float32", *request.param]
+    options = ["--kv-cache-memory-bytes", "4MiB", "--dtype", "float32", request.param, "2"]
     server = ServerProcess(*command, *options, port=port)
     try:
         server.wait_until_ready(START_TIMEOUT_S)
@@ -104,5 +104,4 @@ def test_the_server_ends_without_leaving_a_process_behind(server: ServerProcess)
     code, _, err = server.end(60)
     assert code == 0, err
     assert "Traceback" not in err
-    assert "killed by SIGKILL" in err
     assert psutil.wait_procs(children, timeout=10)[1] == []
