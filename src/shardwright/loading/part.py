@@ -73,7 +73,14 @@ class PartTarget:
         setattr(held, leaf, new)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        whole = self.__dict__.get("_whole", {})  # parameters of the model's own, of no module in it
+        return whole[name] if name in whole else getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_whole", {}):
+            self.put(name, value)
+        else:
+            object.__setattr__(self, name, value)
 
 
 class _ModuleTarget:
