@@ -137,7 +137,7 @@ def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bo
     inputs: dict[str, Any] = {"input_ids": torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)}
     if device.type == "meta":  # with positions the mask code would look at their values
         inputs["attention_mask"] = torch.ones(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)
-    else:
+    elif accepts(model, "position_ids", or_any=True):
         inputs["position_ids"] = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
     counting = CountingDetector(NUM_PROBE_TOKENS)
     try:

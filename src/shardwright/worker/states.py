@@ -76,7 +76,7 @@ def find_states(module: nn.Module, *, vocab_size: int, agree: Callable[[bool], b
 
     Raises: UnsupportedModelError if there are none, or they are not one slot a sequence.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):
         in_cache = CacheLayerStates(module, config.get_text_config(decoder=True))
         if in_cache.has_states and not agree(not in_cache.are_used(module)):
@@ -225,9 +225,7 @@ class FoundStates:
             if holder.kind == "argument":
                 options[holder.name] = value
             else:
-                in_cache = holder.kind == "cache" and self._argument is not None
-                owner = options[self._argument] if in_cache else self._modules[holder.owner]
-                setattr(owner, holder.name, value)
+                setattr(self._owner(holder, options), holder.name, value)
         return options
 
     def put(self, options: dict[str, Any], rows: Tensor) -> None:
@@ -240,6 +238,10 @@ class FoundStates:
                     self._slots[key] = value.new_zeros(_with(value.shape, dim, self._num_rows))
                 self._slots[key].index_copy_(dim, rows, value)
         self._output = None
+
+    def _owner(self, holder: _Holder, options: dict[str, Any]) -> Any:
+        """What has the holder as its attribute."""
+        return options[cache_argument(self._module)] if holder.kind == "cache" else self._modules[holder.owner]
 
     def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
         self._output = output
@@ -262,7 +264,6 @@ class FoundStates:
         """What holds tensors after a forward pass: each with its value and the tensors in it."""
         device = next(self._module.parameters()).device
         tokens = (torch.arange(batch * length, device=device) % vocab_size).view(batch, length)
-        self._initial: dict[_Holder, Any] = {}
         before = {name: dict(vars(owner)) for name, owner in self._modules.items()}
         self._module(tokens, **self._use_cache)
         holders = []
