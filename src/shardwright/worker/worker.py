@@ -16,6 +16,7 @@ from torch import nn
 from shardwright.adapt.eager import eager
 from shardwright.config import EngineConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
+from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
 from shardwright.loading.load import weight_bytes
 from shardwright.worker.batch import Batch, StepResult
@@ -65,6 +66,7 @@ class Worker:
                 max_model_len=blueprint.max_model_len,
                 block_size=config.cache.block_size,
             )
+        gather_logits_once(module)  # they were needed by every rank's check, and are by the one that samples
         self._vocab_size = blueprint.vocab_size
         self._runner: ModelRunner | None = None
         self.report = WorkerReport(
