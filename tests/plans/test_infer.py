@@ -67,6 +67,18 @@ class Raw(nn.Module):
         return (torch.sigmoid(gate) * up) @ self.w_out
 
 
+class Einsum(nn.Module):
+    """Heads in a dimension of their own, which no word cuts: the first of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_v = nn.Parameter(torch.empty(WIDTH, 6, 8))
+        self.w_o = nn.Parameter(torch.empty(6, 8, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bthd,hdc->btc", torch.einsum("btc,chd->bthd", x, self.w_v).softmax(-1), self.w_o)
+
+
 class Chosen(nn.Module):
     """Experts in a list, of which code runs those that its tokens chose."""
 
@@ -157,6 +169,14 @@ def test_bare_parameters_are_cut_and_their_module_sums() -> None:
     table = resolve(module, plan, unit_groups(module, plan), tp=2)
     assert table.by_name["layer_0.parts.raw.w_in"].dim == 2
     assert table.by_name["layer_0.parts.raw.w_out"].dim == 0
+
+
+def test_what_no_word_can_cut_stays_whole() -> None:
+    module = on_meta(Einsum)
+    plan = infer_plan(module)
+    assert of_layer(plan) == {}
+    group = next(g for g in unit_groups(module, plan) if g.kind in (UnitKind.HEADS, UnitKind.FEATURES))
+    assert {(m.name.rpartition(".")[2], m.dim) for m in group.members} == {("w_v", 1), ("w_o", 0)}
 
 
 def test_code_that_looks_at_choices_is_followed() -> None:

@@ -90,13 +90,15 @@ def test_an_inferred_plan_cuts_what_a_shipped_one_does(name: str) -> None:
     }
     if name not in NOT_IN_A_GROUP:
         assert different <= BETTER.keys()
-    if own.pp and list(own.pp)[-1] == list(made.pp)[-1]:
-        assert list(made.pp) == list(own.pp)
+    if len(own.pp) > 1:
+        idle = [n for n in own.pp if n.endswith("dropout")]
+        assert [n for n in own.pp if n not in idle] == [n for n in made.pp if n in own.pp or n != "lm_head"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_large_linears_are_cut_by_an_inferred_plan(name: str) -> None:
     module, made = model(name), inferred(name)
     for first, aliases, parameter, owner in parameters_of(module):
-        if isinstance(owner, nn.Linear) and parameter.ndim == 2 and min(parameter.shape) >= 64:
+        runs_in_a_layer = "layers." in first and "encoder_attn" not in first
+        if runs_in_a_layer and isinstance(owner, nn.Linear) and parameter.ndim == 2 and min(parameter.shape) >= 64:
             assert any(matching_pattern(made, n) for n in (first, *aliases)), first

@@ -203,13 +203,20 @@ def _by_parameter(
         flow.memory.fix(batch)
         return flow.atoms.find(data[:, :, :1])
     if inner and (data.shape[1] == 1 or (data == data[:, :1]).all()):
-        way, taken = np.broadcast_arrays(inner[0], data[:, :1].swapaxes(1, 2))
+        chosen = next((c for c in inner if _is_one_to_one(c, data[:, :1].swapaxes(1, 2))), inner[0])
+        way, taken = np.broadcast_arrays(chosen, data[:, :1].swapaxes(1, 2))
         flow.atoms.bind(way, taken)
-        origin = next((o for c, o in zip(candidates, origins, strict=False) if c is inner[0]), None)
+        origin = next((o for c, o in zip(candidates, origins, strict=False) if c is chosen), None)
         flow.closings.append(Closing(call, taken.copy(), origin))
         return np.full((1, 1, 1), -(call + 1), dtype=np.int64)
     flow.memory.fix(candidates)
     return flow.merge(data, [2])
+
+
+def _is_one_to_one(candidate: Labels, labels: Labels) -> bool:
+    """Whether each part of a weight meets one label, for there may be several ways to cut what is summed over."""
+    pairs = np.unique(np.stack([side.ravel() for side in np.broadcast_arrays(candidate, labels)]), axis=1)
+    return bool(len(np.unique(pairs[0])) == pairs.shape[1])
 
 
 def _of_activations(flow: Flow, one: Side, other: Side) -> Labels | None:

@@ -50,10 +50,12 @@ def pipeline_of(module: nn.Module, trace: Trace) -> dict[str, PipelineEntry]:
 def order_of(module: nn.Module, trace: Trace, stack: LayerStack) -> Order:
     """Modules with parameters that are called before the first layer, and after the last.
 
-    They are named where they stand beside the layers or what holds these.
+    They are named where they stand beside the layers or what holds these. After the layers, so is what has no
+    parameters but takes what these gave, such as a plain norm.
     """
     numbers = [number for number, call in enumerate(trace.calls) if call.module in stack.layers]
     above = {".".join(stack.layers[0].split(".")[:depth]) for depth in range(stack.layers[0].count(".") + 1)}
+    given = {ref.storage for ref in trace.calls[numbers[-1]].outputs}
     before: dict[str, None] = {}
     between: dict[str, None] = {}
     after: dict[str, None] = {}
@@ -61,7 +63,8 @@ def order_of(module: nn.Module, trace: Trace, stack: LayerStack) -> Order:
         parent = trace.calls[call.parent].module if call.parent is not None else None
         if parent not in above or call.module in above or call.module in stack.layers:
             continue
-        if next(module.get_submodule(call.module).parameters(), None) is None:
+        takes = {value.storage for value in call.arguments.values() if isinstance(value, Ref)}
+        if next(module.get_submodule(call.module).parameters(), None) is None and not takes & given:
             continue
         if number < numbers[0]:
             before[call.module] = None
@@ -69,6 +72,7 @@ def order_of(module: nn.Module, trace: Trace, stack: LayerStack) -> Order:
             between[call.module] = None
         elif call.module not in before:
             after[call.module] = None
+            given |= {ref.storage for ref in call.outputs}
     return Order(tuple(before), tuple(between), tuple(after))
 
 

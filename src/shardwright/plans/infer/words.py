@@ -61,6 +61,8 @@ def _cut(module: nn.Module, flow: Flow, group: UnitGroup) -> dict[str, str]:
         segments[member.name, member.dim] += len(member.segments)
     parted = {(m.name, m.dim) for m in group.members if m.units > 1 or m.span is not None}
     words: dict[str, str] = {}
+    if not all(_has_word(module, flow, *key) for key in parted):
+        return {}
     for member in group.members:
         if (member.name, member.dim) not in parted:
             continue  # every rank has all of it
@@ -78,6 +80,12 @@ def _cut(module: nn.Module, flow: Flow, group: UnitGroup) -> dict[str, str]:
         elif leaf == "weight":
             words[owner_name] = PACKED_COLUMN.name if is_packed else COLUMN.name
     return words
+
+
+def _has_word(module: nn.Module, flow: Flow, name: str, dim: int) -> bool:
+    """Whether a word cuts a parameter along a dimension: those that there are know the last two."""
+    rank = len(flow.trace.refs[name].size)
+    return dim >= rank - 2 or isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
 
 
 def _word_of_parameter(flow: Flow, member: Member, *, is_row: bool, is_packed: bool) -> str:
