@@ -9,14 +9,27 @@ from tests.plans.mutations import ARCHITECTURES, MUTATIONS, Mutation, build
 from torch import nn
 
 from shardwright.plans import CheckReport, check_plan
-from shardwright.plans.choose import is_plan_of_layers
+from shardwright.plans.choose import choose_plan
 from shardwright.plans.groups import UnitGroup
 from shardwright.plans.plan import plan_of
 from shardwright.plans.units import unit_groups
 
 GOOD = ("semantic", "semantic dict", "semantic tied")
 
-QUICK = ("llama", "mixtral", "gemma2", "phi3", "qwen3_moe", "deepseek_v3", "cohere2", "olmo2", "llama4_text")
+QUICK = (
+    "llama",
+    "gpt2",
+    "gpt_oss",
+    "bloom",
+    "mixtral",
+    "gemma2",
+    "phi3",
+    "qwen3_moe",
+    "deepseek_v3",
+    "cohere2",
+    "olmo2",
+    "llama4_text",
+)
 
 
 @cache
@@ -55,8 +68,7 @@ def test_one_mistake_is_one_finding() -> None:
     "name", [*GOOD, *(pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in ARCHITECTURES)]
 )
 def test_plans_that_are_right_raise_no_error(name: str) -> None:
+    """Those that models carry, and those that are inferred."""
     module, groups = model(name)
-    plan = plan_of(module)
-    tp, pp = (2 if is_plan_of_layers(module, part) else 1 for part in (plan.tp, plan.pp))
-    report = check_plan(module, plan, tp=tp, pp=pp, groups=groups)
+    report = check_plan(module, choose_plan(module, tp=2, pp=2), tp=2, pp=2, groups=groups)
     assert report.ok, report.text

@@ -151,7 +151,7 @@ def _check_inputs(subject: Subject, stacks: dict[str, LayerStack]) -> Iterator[F
         fixed = PipelineEntry(tuple(n for n in known if n in right), entry.outputs)
         if unknown and (not takes_any or lacking or nearest(unknown[0], known)):
             message, severity = f"takes no {unknown[0]}: it is {forward}", Severity.ERROR
-        elif lacking and lacking[0] == needed[0]:
+        elif lacking and lacking[0] == needed[0] and name in stacks:
             message, severity = f"needs {lacking[0]}, which is not among its inputs: it is {forward}", Severity.ERROR
         elif lacking:
             message, severity = f"takes {', '.join(lacking)} too: it is {forward}", Severity.NOTE
@@ -180,6 +180,8 @@ def _check_outputs(subject: Subject, stacks: dict[str, LayerStack]) -> Iterator[
             given, taken_names = set(entry.outputs), set(taker.inputs)
             if given & taken_names or (given & SAME_TENSOR and taken_names & SAME_TENSOR) or not taken_names:
                 continue
+            if following not in stacks and taken_names <= _arguments(subject.modules[following]):
+                continue  # its own names for what it is given
             better = PipelineEntry(entry.inputs, taker.inputs[:1])
             yield Finding(
                 Severity.ERROR,
@@ -188,6 +190,10 @@ def _check_outputs(subject: Subject, stacks: dict[str, LayerStack]) -> Iterator[
                 pipeline_line(name, better),
                 f"pp {name}",
             )
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
 
 
 def _is_of_torch(module: nn.Module) -> bool:

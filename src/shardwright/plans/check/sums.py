@@ -23,9 +23,9 @@ def check_sums(subject: Subject) -> Iterator[Finding]:
     for weight in subject.weights:
         adder = next((a for name in subject.names_of_modules(weight) if (a := subject.adds_up(name))), None)
         if _is_partial(weight):
-            if adder is None:
+            if adder is None and not _goes_on(subject, weight):
                 yield _never_added(subject, weight)
-            elif adder in subject.names_of_modules(weight) and (outer := _around(adder, adders)):
+            elif adder is not None and adder in subject.names_of_modules(weight) and (outer := _around(adder, adders)):
                 yield _added_twice(subject, weight, outer)
         elif adder in adders and _is_biased_twice(subject, weight):
             yield _bias(subject, weight, adder)
@@ -41,6 +41,13 @@ def _is_partial(weight: Weight) -> bool:
     if weight.is_linear:
         return weight.dim == weight.input_dim
     return is_stack(weight)
+
+
+def _goes_on(subject: Subject, weight: Weight) -> bool:
+    """Whether what a stack of matrices makes goes to another stack, whose results are added up."""
+    groups = [group for group in subject.groups if any(m.name == weight.name for m in group.members)]
+    modules = {m.name.rpartition(".")[0] for group in groups for m in group.members} - {weight.module}
+    return is_stack(weight) and any(subject.adds_up(module) is not None for module in modules)
 
 
 def _never_added(subject: Subject, weight: Weight) -> Finding:
@@ -75,9 +82,7 @@ def _is_biased_twice(subject: Subject, weight: Weight) -> bool:
     if weight.dim is not None or "bias" not in weight.name.rpartition(".")[2]:
         return False
     beside = [w for w in subject.weights if w.module == weight.module and w is not weight]
-    if weight.is_linear:
-        return any(_is_partial(w) for w in beside) and not weight.style.is_row
-    return any(_is_partial(w) for w in beside)
+    return any(_is_partial(w) for w in beside) and not weight.style.is_row  # which the first rank alone adds
 
 
 def _bias(subject: Subject, weight: Weight, adder: str) -> Finding:
