@@ -56,7 +56,7 @@ def test_inspect_says_why_a_model_gets_a_lower_rung(shardwright: Shardwright, tm
     result = shardwright("inspect", str(tmp_path), "--json")
     assert result.code == 0
     assert result.json["attention"]["rung"] in {"sdpa", "dataflow", "per-request", "recompute"}
-    assert "attention interface" in result.json["attention"]["reason"]
+    assert "in its own code" in result.json["attention"]["reason"]
 
 
 def test_inspect_counts_states_by_request(shardwright: Shardwright, tmp_path: Path) -> None:
