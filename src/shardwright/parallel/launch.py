@@ -8,12 +8,17 @@ from shardwright.config import EngineConfig
 from shardwright.parallel.executor import ParallelExecutor
 from shardwright.parallel.inline import InlineExecutor
 
+FEW_RANKS = 4
+"""More are started only once it is known that the model can be cut for as many."""
+
 
 def start_executor(config: EngineConfig) -> InlineExecutor | ParallelExecutor:
     """Start the ranks of an engine, where the configuration says; by default one in this process, many in others.
 
     Raises: a UsageError for models, weights and options that do not work; RanksLostError if a rank ends at start.
     """
+    if config.parallel.num_ranks > FEW_RANKS:
+        check_plan_resolves(config)
     backend = config.parallel.distributed_executor_backend
     if backend == "auto":
         backend = "inline" if config.parallel.num_ranks == 1 else "mp"
@@ -26,3 +31,12 @@ def start_executor(config: EngineConfig) -> InlineExecutor | ParallelExecutor:
     from shardwright.parallel.ray import RayRanks
 
     return ParallelExecutor(config, partial(RayRanks, config))
+
+
+def check_plan_resolves(config: EngineConfig) -> None:
+    """Raise PlanError if the model cannot be cut for so many ranks; each of them would find out, minutes later."""
+    from shardwright.worker.blueprint import Blueprint
+    from shardwright.worker.part import resolve_table
+
+    blueprint = Blueprint.of(config.model)
+    resolve_table(blueprint.build(blueprint.dtype), config)
