@@ -14,6 +14,7 @@ from tests.zoo.builder import build
 
 from shardwright import SamplingParams
 from shardwright.engine.core import EngineCore
+from shardwright.errors import PlanError
 from shardwright.models.resolve import resolve_model
 from shardwright.parallel.mp import MpRanks
 
@@ -29,6 +30,9 @@ TRANSFORMERS = (
 
 CUSTOM = ("local_global", "moe_loop", "tril_gpt")
 """Layers in a ModuleDict; no plan, no interface."""
+
+NO_STAGES = "local_global"
+"""Its code runs the parts of its layers, and never a layer."""
 
 Answers = tuple[Path, list[list[int]], list[list[int]]]
 """Directory, prompts, and what Hugging Face or the model's own code gives."""
@@ -66,6 +70,10 @@ def test_tokens_are_those_of_one_rank(
 ) -> None:
     tp, pp, shared = shape
     path, prompts, outputs = answers(name)
+    if pp > 1 and name == NO_STAGES:
+        with pytest.raises(PlanError, match="layer_0 never runs: a pipeline needs layers that run once each"):
+            shared.serve(make_config(path, tp, pp, max_model_len=64))
+        return
     core = shared.serve(make_config(path, tp, pp, max_model_len=64))
     params = SamplingParams(temperature=0, max_tokens=len(outputs[0]), ignore_eos=True)
     assert generate(core, prompts, params) == outputs
