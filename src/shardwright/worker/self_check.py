@@ -1,7 +1,7 @@
 """Before serving: does the served model give the logits of the model as its author wrote it?
 
 Two short random sequences run through the module's own plain forward pass, one by one, and through ours, together in
-a few steps (parts of the prompts, or whole ones, then a decode of both). What the module assumes
+a few steps (parts of the prompts, or whole ones, then decodes, together and alone). What the module assumes
 silently, such as positions counted by itself, a mask of its own, layers that mix tokens of a batch, or a cache that is
 not what the plain pass computes, shows here instead of in a user's text.
 """
@@ -23,10 +23,11 @@ from shardwright.worker.step import Ints, StepModel, StepTables
 logger = logging.getLogger(__name__)
 
 LENGTHS = (9, 6)
-STEPS = ((5, 4), (8, 5), LENGTHS)
-"""Up to where the sequences are computed, step by step: parts of prompts, one beside a single token, two tokens."""
+STEPS = ((5, 4), (7, 5), (8, 6), LENGTHS)
+"""Up to where the sequences are computed, step by step: parts of prompts, one beside a single token, a token of each, and
+a token alone, which code may treat in a way of its own."""
 
-WHOLE_STEPS = ((8, 5), LENGTHS)
+WHOLE_STEPS = ((7, 5), (8, 6), LENGTHS)
 """For models that take prompts whole."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
