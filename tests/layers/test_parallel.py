@@ -24,7 +24,7 @@ from shardwright.layers.parallel_linear import (
 from shardwright.layers.parallel_module import DividedInput, GatheredOutput, Parallel, SplitInput, SummedOutput
 from shardwright.layers.parallel_pieces import Pieces
 from shardwright.layers.upcast_linear import UpcastLinear, upcast_linears
-from shardwright.plans.prove.threads import run_ranks
+from shardwright.plans.threads import run_ranks
 
 UNEVEN = Pieces((((0, 5),), ((5, 7),), ((7, 12),)))
 SEGMENTS = Pieces((((0, 2), (6, 7)), ((2, 4), (7, 8)), ((4, 6), (8, 12))))

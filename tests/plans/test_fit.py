@@ -17,10 +17,10 @@ from shardwright.layers.collectives import Collectives
 from shardwright.plans.fit import Fit, fit
 from shardwright.plans.groups import Member, UnitGroup, UnitKind
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.prove.threads import run_ranks
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
 from shardwright.plans.table import ShardTable
+from shardwright.plans.threads import run_ranks
 
 HEADS, HEAD_DIM, VOCAB = 4, 8, 32
 WIDTH = HEADS * HEAD_DIM

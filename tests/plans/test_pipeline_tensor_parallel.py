@@ -14,9 +14,9 @@ from torch import Tensor
 from shardwright.plans.dataflow import without_cache
 from shardwright.plans.pipeline import PipelineStage, plan_pipeline
 from shardwright.plans.plan import plan_of
-from shardwright.plans.prove.threads import ThreadCollectives, run_ranks
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import shard
+from shardwright.plans.threads import ThreadCollectives, run_ranks
 from shardwright.plans.units import unit_groups
 
 TOKENS = torch.tensor([[5, 9, 77, 3, 12, 41, 8, 8, 100, 2]])

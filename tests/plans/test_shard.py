@@ -15,10 +15,10 @@ from shardwright.layers.parallel import gather_logits_once
 from shardwright.models.build import build_module
 from shardwright.plans.choose import choose_plan
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.prove.threads import run_ranks
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
 from shardwright.plans.table import ShardTable
+from shardwright.plans.threads import run_ranks
 from shardwright.plans.units import unit_groups
 
 IDS = torch.tensor([[5, 9, 3, 77, 12, 40, 8, 101]])

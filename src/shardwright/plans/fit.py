@@ -39,6 +39,7 @@ from shardwright.plans.sizes import LocalSize
 from shardwright.plans.stack import find_stack
 from shardwright.plans.styles import Cut, Output
 from shardwright.plans.table import ShardTable
+from shardwright.plans.threads import run_ranks
 
 MOST_TRIALS = 200
 """Choices of attributes that are tried for one kind of module."""
@@ -167,8 +168,6 @@ def _first_wrong(
     """The first of some modules whose output is not that of the whole model, or that is not reached, when all ranks run
     the model together; None if all are right.
     """
-    from shardwright.plans.prove.threads import run_ranks  # whose room imports this module
-
     one_stage = replace(table, pp=1, parameters=tuple(replace(row, stages=(0,)) for row in table.parameters))
     expected: dict[str, Tensor] = {}
     outputs: list[dict[str, Tensor]] = [{} for _ in range(table.tp)]
@@ -221,7 +220,6 @@ class _Trials:
 
     def _problem(self, sizes: tuple[LocalSize, ...], expected: Tensor) -> _Problem | None:
         """What is wrong with the outputs of the ranks; None if they are what the whole module gives."""
-        from shardwright.plans.prove.threads import run_ranks  # whose room imports this module
 
         def run(collectives: Collectives) -> Tensor:
             part = with_made_up_weights(self.instances[0])

@@ -2,6 +2,6 @@
 
 from shardwright.plans.prove.prove import prove_plan
 from shardwright.plans.prove.report import Divergence, ProofReport
-from shardwright.plans.prove.threads import MemoryLink, ThreadCollectives, run_ranks
+from shardwright.plans.threads import MemoryLink, ThreadCollectives, run_ranks
 
 __all__ = ["Divergence", "MemoryLink", "ProofReport", "ThreadCollectives", "prove_plan", "run_ranks"]

@@ -17,12 +17,12 @@ from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.prove.judge import Verdict, judge
 from shardwright.plans.prove.record import Call, Recorder
 from shardwright.plans.prove.subject import Subject
-from shardwright.plans.prove.threads import MemoryLink, ThreadCollectives, run_ranks
 from shardwright.plans.replicate import without
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import shard
 from shardwright.plans.stack import find_stack
 from shardwright.plans.table import ShardTable
+from shardwright.plans.threads import MemoryLink, ThreadCollectives, run_ranks
 from shardwright.plans.units import unit_groups
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardwright.errors import PlanError
 from shardwright.layers.collectives import Collectives
-from shardwright.plans.prove.threads import CollectiveMismatchError, MemoryLink, ThreadCollectives, run_ranks
+from shardwright.plans.threads import CollectiveMismatchError, MemoryLink, ThreadCollectives, run_ranks
 
 
 def test_results_come_in_the_order_of_ranks() -> None:
