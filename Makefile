@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup starter demo serve test test-fast lint format bench zoo
+.PHONY: help setup starter demo serve test test-fast sweep lint format bench zoo
 
 help: ## Show this list
 	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [MODEL=smollm2-135m] [ARGS='...']"
@@ -33,8 +33,11 @@ demo: $(INSTALLED) ## Ask the starter model a question
 serve: $(INSTALLED) ## Serve a model over HTTP; e.g. make serve MODEL=path/to/model ARGS='--port 9000'
 	@$(BIN)/shardwright serve $(MODEL) $(ARGS)
 
-test: $(INSTALLED) starter ## Run all tests
-	@$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+test: $(INSTALLED) starter ## Run all tests but the sweep
+	@$(BIN)/python -m pytest -m "not sweep" $(ARGS)
+
+sweep: $(INSTALLED) ## Run what takes too long for every run: each architecture on ranks of each shape
+	@$(BIN)/python -m pytest -m sweep $(ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that take milliseconds
 	@$(BIN)/python -m pytest $(ARGS)

@@ -17,10 +17,20 @@ from shardwright.engine.core import EngineCore
 from shardwright.errors import PlanError
 from shardwright.models.resolve import resolve_model
 from shardwright.parallel.mp import MpRanks
+from shardwright.parallel.ray import RayRanks
 
 pytestmark = pytest.mark.slow
 
-SHAPES = {"tp2": (2, 1), "tp3": (3, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
+SHAPES = {
+    "tp2": (2, 1, MpRanks),
+    "tp3": (3, 1, MpRanks),
+    "pp2": (1, 2, MpRanks),
+    "pp3": (1, 3, MpRanks),
+    "tp2-pp2": (2, 2, MpRanks),
+    "ray-tp2": (2, 1, RayRanks),
+    "ray-pp2": (1, 2, RayRanks),
+}
+"""Tensor-parallel ranks, pipeline stages, and where they run."""
 
 TRANSFORMERS = (
     "cohere2", "deepseek_v3", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "llama", "mistral", "mixtral", "olmo2", "opt",
@@ -31,8 +41,28 @@ TRANSFORMERS = (
 CUSTOM = ("local_global", "moe_loop", "tril_gpt")
 """Layers in a ModuleDict; no plan, no interface."""
 
+DEEP = ("cohere2", "gemma2", "gpt_oss")
+"""Those of four layers."""
+
 NO_STAGES = "local_global"
 """Its code runs the parts of its layers, and never a layer."""
+
+SAMPLE = {
+    "tp2": ("gpt_oss", "phi3", "tril_gpt"),
+    "tp3": ("gpt2", "llama", "qwen3_moe"),
+    "pp2": ("opt", "local_global"),
+    "pp3": DEEP,
+    "tp2-pp2": TRANSFORMERS + CUSTOM,
+    "ray-tp2": ("mixtral", "olmo2", "moe_loop"),
+    "ray-pp2": ("deepseek_v3", "gpt_neox", "mistral"),
+}
+"""What every run of the tests has of them; `make sweep` runs the rest."""
+
+CASES = [
+    pytest.param(shape, name, marks=[] if name in SAMPLE[shape] else pytest.mark.sweep)
+    for shape in SHAPES
+    for name in (DEEP if shape == "pp3" else TRANSFORMERS + CUSTOM)
+]
 
 Answers = tuple[Path, list[list[int]], list[list[int]]]
 """Directory, prompts, and what Hugging Face or the model's own code gives."""
@@ -57,14 +87,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Answers
     return find
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module")
 def shape(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, SharedRanks]]:
-    shared = SharedRanks(MpRanks)
-    yield (*SHAPES[request.param], shared)
+    tp, pp, ranks = SHAPES[request.param]
+    shared = SharedRanks(ranks)
+    yield tp, pp, shared
     shared.close()
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, *CUSTOM])
+@pytest.mark.parametrize(("shape", "name"), CASES, indirect=["shape"])
 def test_tokens_are_those_of_one_rank(
     shape: tuple[int, int, SharedRanks], name: str, answers: Callable[[str], Answers]
 ) -> None:
