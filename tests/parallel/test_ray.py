@@ -96,8 +96,8 @@ def test_ranks_spread_over_nodes_and_leave_the_cluster_as_it_was(
 
 
 def test_a_cluster_without_room_is_one_line(tiny_llama: Path, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="5 ranks need a CPU each but the Ray cluster has 4"):
-        EngineCore.from_config(make_config(tiny_llama, 5, 1, "ray", ray_address=cluster))
+    with pytest.raises(ConfigError, match="6 ranks need a CPU each but the Ray cluster has 4"):
+        EngineCore.from_config(make_config(tiny_llama, 3, 2, "ray", ray_address=cluster))
     assert not ray.is_initialized()
     monkeypatch.setattr(ray_cluster, "PLACE_TIMEOUT_S", 2.0)
     ray.init(address=cluster, logging_level="error")
