@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = (9, 6)
 STEPS = ((5, 4), (7, 5), (8, 6), LENGTHS)
-"""Up to where the sequences are computed, step by step: parts of prompts, one beside a single token, a token of each, and
-a token alone, which code may treat in a way of its own."""
+"""Up to where the sequences are computed, step by step: parts of prompts, one beside a single token, a token of each,
+and a token alone, which code may treat in a way of its own."""
 
 WHOLE_STEPS = ((7, 5), (8, 6), LENGTHS)
 """For models that take prompts whole."""
