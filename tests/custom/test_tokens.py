@@ -49,6 +49,7 @@ def custom(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Custom(request.param, build(MODELS / request.param, directory))
 
 
+@pytest.mark.sweep
 def test_alone(custom: Custom) -> None:
     with custom.engine(enable_prefix_caching=False) as llm:
         for i in range(len(PROMPT_LENGTHS)):

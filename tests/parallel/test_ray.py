@@ -46,6 +46,7 @@ def processes_of_ray() -> list[psutil.Process]:
     return [p for p in found if any(word in " ".join(p.cmdline()) for word in ("raylet", "gcs_server", "ray::"))]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_actors_give_the_tokens_of_one_rank(tiny_llama: Path, expected: list[list[int]], tp: int, pp: int) -> None:
     core = EngineCore.from_config(make_config(tiny_llama, tp, pp, "ray"))

@@ -20,6 +20,7 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return Architecture(build(request.param, ARCHITECTURES[request.param], directory), rung)
 
 
+@pytest.mark.sweep
 def test_alone(architecture: Architecture) -> None:
     with architecture.engine(enable_prefix_caching=False) as llm:
         for prompt, output in zip(architecture.reference.prompts, architecture.reference.outputs, strict=True):
