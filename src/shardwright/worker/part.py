@@ -13,10 +13,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from shardwright.config import EngineConfig
 from shardwright.plans.choose import choose_plan
+from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.pipeline import Pipeline, PipelineStage, plan_pipeline
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
 from shardwright.plans.slices import ShardSlice
+from shardwright.plans.stages import layer_stack
 from shardwright.plans.table import ShardTable
 from shardwright.plans.units import unit_groups
 from shardwright.worker.blueprint import Blueprint
@@ -55,8 +57,9 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
 
     def cut(module: nn.Module) -> ShardSlice:
         num_parameters = count_parameters(module)
-        fitted = fitted_table(module, resolve_table(module, config))
-        pipeline = plan_pipeline(module, fitted.table) if placement.pp > 1 else None
+        table, flow = resolve_table(module, config)
+        fitted = fitted_table(module, table)
+        pipeline = plan_pipeline(module, fitted.table, flow=flow) if placement.pp > 1 else None
         whole.append(_Whole(fitted.table, pipeline, num_parameters))
         shard(module, fitted.table, stage=placement.stage, collectives=peers.stage, fitted=fitted.fitted)
         return ShardSlice(fitted.table, placement.stage, placement.tp_rank)
@@ -107,8 +110,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def resolve_table(module: nn.Module, config: EngineConfig) -> ShardTable:
-    """Which rank holds what of a model that may be on "meta". Raises PlanError."""
+def resolve_table(module: nn.Module, config: EngineConfig) -> tuple[ShardTable, Dataflow | None]:
+    """Which rank holds what of a model that may be on "meta", and what its layers compute from, if it is a pipeline.
+
+    Raises: PlanError.
+    """
     parallel = config.parallel
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     plan = choose_plan(
@@ -119,4 +125,6 @@ def resolve_table(module: nn.Module, config: EngineConfig) -> ShardTable:
         pp=pp,
         expert_parallel=parallel.enable_expert_parallel,
     )
-    return resolve(module, plan, unit_groups(module, plan), tp=tp, pp=pp, pp_split=parallel.layers_per_stage)
+    flow = trace_dataflow(module, layer_stack(module, plan).layers) if pp > 1 else None
+    groups = unit_groups(module, plan)
+    return resolve(module, plan, groups, tp=tp, pp=pp, pp_split=parallel.layers_per_stage, flow=flow), flow

@@ -8,12 +8,13 @@ with the number of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
@@ -178,8 +179,9 @@ class FoundStates:
         self._argument = cache_argument(module) if accepts(module, cache_argument(module)) else None
         self._use_cache = {"use_cache": True} if accepts(module, "use_cache") else {}
         self._attributes = {name: dict(vars(owner)) for name, owner in self._modules.items()}
+        """As the modules had them before anything ran."""
         self._output: Any = None
-        module.register_forward_hook(self._keep_output)
+        self._listener: RemovableHandle | None = None
         self._cache_class: type[Cache] | None = StateCache if self._argument and hasattr(module, "config") else None
         runs = [self._look(batch, length, vocab_size) for batch, length in ((2, 4), (3, 4), (2, 7))]
         self._templates = {holder: value for holder, value, _ in runs[0]}
@@ -187,27 +189,22 @@ class FoundStates:
         if not leaves[0]:
             raise UnsupportedModelError("it keeps no states between tokens")
         self._dims = {key: _batch_dim(key[0].name, [run.get(key) for run in leaves]) for key in leaves[0]}
-        self._initial = {
-            holder: self._attributes[holder.owner].get(holder.name)
-            for holder in self._templates
-            if holder.kind == "module"
-        }
-        self._slots: dict[tuple[_Holder, Path], Tensor] = {}
+        self._slots: dict[_Holder, dict[Path, Tensor]] = {holder: {} for holder in self._templates}
         self._num_rows = 0
 
     @property
     def bytes_per_row(self) -> int:
-        return sum(slots.nbytes for slots in self._slots.values()) // max(self._num_rows, 1)
+        return sum(t.nbytes for slots in self._slots.values() for t in slots.values()) // max(self._num_rows, 1)
 
     def allocate(self, num_rows: int) -> None:
         self._num_rows = num_rows
-        self._slots = {
-            key: slots.new_zeros(_with(slots.shape, self._dims[key], num_rows)) for key, slots in self._slots.items()
-        }
+        for holder, slots in self._slots.items():
+            for path, old in slots.items():
+                slots[path] = old.new_zeros(_with(old.shape, self._dims[holder, path], num_rows))
 
     def fresh(self) -> dict[str, Any]:
-        for holder, value in self._initial.items():
-            setattr(self._modules[holder.owner], holder.name, value)
+        self._restore(self._templates)
+        self._listen()
         options = dict(self._use_cache)
         if self._argument is not None and self._cache_class is not None:
             options[self._argument] = self._new_cache()
@@ -216,11 +213,8 @@ class FoundStates:
     def gather(self, rows: Tensor) -> dict[str, Any]:
         options = self.fresh()
         for holder, template in self._templates.items():
-            values = {
-                path: slots.index_select(self._dims[key_holder, path], rows)
-                for (key_holder, path), slots in self._slots.items()
-                if key_holder == holder
-            }
+            slots = self._slots[holder].items()
+            values = {path: kept.index_select(self._dims[holder, path], rows) for path, kept in slots}
             value = _rebuilt(template, values)
             if holder.kind == "argument":
                 options[holder.name] = value
@@ -229,22 +223,44 @@ class FoundStates:
         return options
 
     def put(self, options: dict[str, Any], rows: Tensor) -> None:
-        cache = options.get(self._argument) if self._argument is not None else None
         for holder in self._templates:
-            for path, value in _tensors(self._held(holder, cache)):
-                key = (holder, path)
-                dim = self._dims[key]
-                if key not in self._slots:
-                    self._slots[key] = value.new_zeros(_with(value.shape, dim, self._num_rows))
-                self._slots[key].index_copy_(dim, rows, value)
+            slots = self._slots[holder]
+            for path, value in _tensors(self._held(holder, self._output, options)):
+                dim = self._dims[holder, path]
+                if path not in slots:
+                    slots[path] = value.new_zeros(_with(value.shape, dim, self._num_rows))
+                slots[path].index_copy_(dim, rows, value)
+        self._stop_listening()
+
+    def _listen(self) -> None:
+        """Keep what the next forward pass returns, until `put` has read it."""
+        self._stop_listening()
+        if any(holder.kind == "argument" for holder in self._templates):
+            self._listener = self._module.register_forward_hook(self._keep_output)
+
+    def _stop_listening(self) -> None:
         self._output = None
+        if self._listener is not None:
+            self._listener.remove()
+            self._listener = None
+
+    def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._output = output
+
+    def _restore(self, holders: Iterable[_Holder]) -> None:
+        """Give attributes of modules back what they were before anything ran."""
+        for holder in holders:
+            if holder.kind == "module":
+                setattr(self._modules[holder.owner], holder.name, self._attributes[holder.owner].get(holder.name))
 
     def _owner(self, holder: _Holder, options: dict[str, Any]) -> Any:
         """What has the holder as its attribute."""
         return options[cache_argument(self._module)] if holder.kind == "cache" else self._modules[holder.owner]
 
-    def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._output = output
+    def _held(self, holder: _Holder, output: Any, options: dict[str, Any]) -> Any:
+        if holder.kind == "argument":
+            return output.get(holder.name) if isinstance(output, dict) else getattr(output, holder.name, None)
+        return getattr(self._owner(holder, options), holder.name)
 
     def _new_cache(self) -> Any:
         assert self._cache_class is not None
@@ -253,21 +269,13 @@ class FoundStates:
         except TypeError:
             return self._cache_class()
 
-    def _held(self, holder: _Holder, cache: Any) -> Any:
-        if holder.kind == "argument":
-            output = self._output
-            return output.get(holder.name) if isinstance(output, dict) else getattr(output, holder.name, None)
-        return getattr(cache if holder.kind == "cache" else self._modules[holder.owner], holder.name)
-
     @torch.inference_mode()
     def _look(self, batch: int, length: int, vocab_size: int) -> list[tuple[_Holder, Any, list[tuple[Path, Tensor]]]]:
         """What holds tensors after a forward pass: each with its value and the tensors in it."""
         device = next(self._module.parameters()).device
         tokens = (torch.arange(batch * length, device=device) % vocab_size).view(batch, length)
-        before = {name: dict(vars(owner)) for name, owner in self._modules.items()}
-        self._module(tokens, **self._use_cache)
-        holders = []
-        output = self._output
+        output = self._module(tokens, **self._use_cache)
+        holders, options = [], {}
         if isinstance(output, dict):
             taken = [name for name in output if name != "logits" and accepts(self._module, name)]
             holders += [_Holder("argument", "", name) for name in taken if not isinstance(output[name], Cache)]
@@ -277,17 +285,16 @@ class FoundStates:
         if isinstance(cache, Cache):
             self._cache_class = type("PassingCache", (_PassingCache, type(cache)), {})
             holders += [_Holder("cache", "", name) for name in vars(cache) if name != "layers"]
+            options[cache_argument(self._module)] = cache
         for owner_name, owner in self._modules.items():
             holders += [
                 _Holder("module", owner_name, name)
                 for name, value in vars(owner).items()
-                if not name.startswith("_") and value is not before[owner_name].get(name)
+                if not name.startswith("_") and value is not self._attributes[owner_name].get(name)
             ]
-        found = [(holder, self._held(holder, cache)) for holder in holders]
+        found = [(holder, self._held(holder, output, options)) for holder in holders]
         looked = [(holder, value, list(_tensors(value))) for holder, value in found]
-        for holder, _, _ in looked:
-            if holder.kind == "module":
-                setattr(self._modules[holder.owner], holder.name, before[holder.owner].get(holder.name))
+        self._restore(holders)
         return [entry for entry in looked if entry[2]]
 
 
