@@ -94,13 +94,61 @@ class SlopesOfWholeModel(Attention):
 
 
 class WidthOfInput(Attention):
-    """The output is as wide as the input, says this code, which is not so for a part of the heads."""
+    """As wide as the input is the output, says this code, which is not so for a part of the heads."""
+
+    def sizes(self, x: Tensor) -> tuple[int, int, int]:
+        batch, length, width = x.size()
+        return batch, length, width
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.size()
-        q, k, v = (self.split(linear(x)) for linear in (self.q, self.k, self.v))
+        batch, length, width = self.sizes(x)
+        q, k, v = (
+            linear(x).view(batch, length, self.n_head, width // self.n_head).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class WidthOfInputByDimension(WidthOfInput):
+    def sizes(self, x: Tensor) -> tuple[int, int, int]:
+        return x.size(0), x.shape[1], x.size(dim=-1)
+
+
+class WidthOfWeight(WidthOfInput):
+    """Asks a weight that every rank has all rows of."""
+
+    def sizes(self, x: Tensor) -> tuple[int, int, int]:
+        return x.shape[0], x.shape[1], self.o.weight.shape[0]
+
+
+class WithResidual(WidthOfInput):
+    """One width is that of the whole here and of a part there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(x.shape[-1]) + super().forward(x.clone())
+
+
+class FusedWithResidual(Attention):
+    """Views that fit in two ways each: there are as many heads as parts of the fused weight, and as sizes of a head."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=3, head_dim=6)
+        self.q = nn.Linear(self.width, 3 * self.width)
+        del self.k, self.v
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        fused = self.q(x).view(b, t, 3, 3, c // 3).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*fused, is_causal=True)
+        return x + self.o(y.transpose(1, 2).reshape(b, t, c))
+
+
+class CountsInWeights(Attention):
+    """Adds something that has as many heads as the whole."""
+
+    def bias(self, length: int) -> Tensor:
+        return torch.zeros(self.o.weight.shape[0] // self.head_dim, length, length)
 
 
 class Layer(nn.Module):
@@ -162,15 +210,32 @@ def made(kind: str) -> nn.Module:
         "attributes": Attention,
         "dict": lambda: DictConfigAttention(shared),
         "record": lambda: RecordConfigAttention(Settings()),
+        "input": WidthOfInput,
+        "input by dimension": WidthOfInputByDimension,
+        "weight": WidthOfWeight,
+        "residual": WithResidual,
     }
     return makers[kind]()
 
 
 @pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("kind", ["attributes", "dict", "record"])
+@pytest.mark.parametrize("kind", ["attributes", "dict", "record", "input", "input by dimension", "weight", "residual"])
 def test_sizes_are_found_wherever_code_keeps_them(kind: str, tp: int) -> None:
     model = Model(made(kind), made(kind))
     assert largest_difference(model, table_of(model, tp)) < 1e-5
+
+
+def test_of_several_ways_to_view_a_part_the_right_one_is_found() -> None:
+    model = Model(FusedWithResidual(), FusedWithResidual(), width=18)
+    groups = []
+    for number in range(2):
+        name = f"layers.{number}.attention"
+        fused = tuple(Member(f"{name}.q.{leaf}", 0, ((0, 18), (18, 36), (36, 54)), 3) for leaf in ("weight", "bias"))
+        groups.append(UnitGroup(UnitKind.HEADS, 3, (*fused, Member(f"{name}.o.weight", 1, ((0, 18),), 3)), "traced"))
+    plan = ParallelPlan(tp={"layers.*.attention.q": "colwise", "layers.*.attention.o": "rowwise"}, tp_source="argument")
+    table = resolve(model, plan, groups, tp=3)
+    assert fit(model, table).misfits == ()
+    assert largest_difference(model, table) < 1e-5
 
 
 def test_only_what_must_change_is_changed_and_nothing_in_the_model_itself() -> None:
@@ -217,7 +282,7 @@ def test_biases_that_depend_on_which_head_it_is_are_a_misfit() -> None:
 
 
 def test_code_that_computes_whole_sizes_is_named_with_its_line() -> None:
-    model = Model(WidthOfInput())
+    model = Model(CountsInWeights())
     table = table_of(model, 2)
     (misfit,) = fit(model, table).misfits
     assert misfit.modules == ("layers.0.attention",)
@@ -225,7 +290,7 @@ def test_code_that_computes_whole_sizes_is_named_with_its_line() -> None:
     assert "view(*x.shape[:-1], -1, self.head_dim)" in misfit.reason
 
 
-@pytest.mark.parametrize("attention", [SlopesOfWholeModel, WidthOfInput])
+@pytest.mark.parametrize("attention", [SlopesOfWholeModel, CountsInWeights])
 def test_what_cannot_be_cut_is_held_whole_and_the_rest_is_cut(attention: type[Attention]) -> None:
     model = Model(attention(), Attention())
     whole = table_of(model, 2)

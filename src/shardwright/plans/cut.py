@@ -21,7 +21,7 @@ from shardwright.layers.parallel_module import DividedInput, GatheredOutput, Par
 from shardwright.layers.parallel_pieces import Pieces
 from shardwright.plans.groups import UnitKind
 from shardwright.plans.resolve import has_inputs_first
-from shardwright.plans.sizes import LocalSize, apply_sizes, view_with
+from shardwright.plans.sizes import Local, view_with
 from shardwright.plans.slices import ShardSlice
 from shardwright.plans.styles import DISPATCH, IDENTITY_EXPERT, ROUTER, Cut, Input, Output, Style
 from shardwright.plans.table import ParameterRow, ShardTable
@@ -35,7 +35,12 @@ SKIPS_OTHERS = "_is_expert_parallel"
 
 @torch.no_grad()
 def cut(
-    module: nn.Module, table: ShardTable, *, stage: int, collectives: Collectives, sizes: Iterable[LocalSize] = ()
+    module: nn.Module,
+    table: ShardTable,
+    *,
+    stage: int,
+    collectives: Collectives,
+    sizes: Iterable[Local] = (),
 ) -> None:
     """Make a whole model one rank's part of it.
 
@@ -46,7 +51,7 @@ def cut(
         table: its plan, resolved.
         stage: pipeline stage of this rank.
         collectives: of the tensor-parallel ranks of its stage; as many as the table is for.
-        sizes: attributes of its modules that say what this rank has, from `plans.fit`.
+        sizes: what its modules are to read of what this rank has, from `plans.fit`.
 
     Raises: PlanError if the numbers of ranks differ.
     """
@@ -66,7 +71,8 @@ def cut(
     head = _head(module, table)
     if isinstance(head, GatheredOutput):
         head.makes_logits = True
-    apply_sizes(module, sizes, collectives.rank)
+    for size in sizes:
+        size.apply(module.get_submodule(size.module), collectives)
 
 
 def _cut_parameter(module: nn.Module, row: ParameterRow, part: ShardSlice) -> None:

@@ -26,7 +26,7 @@ from shardwright.plans.rehearsal import (
     with_made_up_weights,
 )
 from shardwright.plans.replicate import is_in, without
-from shardwright.plans.sizes import LocalSize
+from shardwright.plans.sizes import Local
 from shardwright.plans.table import ShardTable
 from shardwright.plans.threads import run_ranks
 
@@ -45,7 +45,7 @@ class Misfit:
 class Fit:
     """What the code of a model asks for to run on parts of its parameters."""
 
-    sizes: tuple[LocalSize, ...] = ()
+    sizes: tuple[Local, ...] = ()
     misfits: tuple[Misfit, ...] = ()
 
 
@@ -67,7 +67,7 @@ def fit(module: nn.Module, table: ShardTable) -> Fit:
     except Exception as exc:  # of the model's code
         reason = f"its code cannot be tried out on a few tokens: {type(exc).__name__}: {first_line(exc)}"
         return Fit(misfits=tuple(Misfit(tuple(kind.scopes), reason) for kind in kinds))
-    sizes: list[LocalSize] = []
+    sizes: list[Local] = []
     reasons: dict[str, str] = {}
     for kind in kinds:
         first, call = kind.scopes[0], calls.get(kind.scopes[0])
@@ -94,7 +94,7 @@ def _settle(
     module: nn.Module,
     table: ShardTable,
     kinds: list[Kind],
-    sizes: list[LocalSize],
+    sizes: list[Local],
     reasons: dict[str, str],
     num_tokens: int,
 ) -> tuple[Misfit, ...]:
@@ -123,7 +123,7 @@ def _settle(
 
 
 def _first_wrong(
-    module: nn.Module, table: ShardTable, names: list[str], sizes: list[LocalSize], num_tokens: int
+    module: nn.Module, table: ShardTable, names: list[str], sizes: list[Local], num_tokens: int
 ) -> str | None:
     """The first of some modules whose output is not that of the whole model, or that is not reached, when all ranks run
     the model together; None if all are right.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.layers.collectives import Collectives
+from shardwright.layers.parallel_views import KnownViews, LearnedViews, Place
 from shardwright.plans.cut import cut
 from shardwright.plans.fit_kinds import Kind
 from shardwright.plans.groups import UnitGroup, UnitKind, ranges_of
 from shardwright.plans.reads import changeable_reads, read_attribute
 from shardwright.plans.rehearsal import Call, difference, table_below, with_made_up_weights
-from shardwright.plans.sizes import LocalSize
+from shardwright.plans.sizes import Local, LocalSize, LocalViewSizes, LocalWidth
 from shardwright.plans.table import ShardTable
 from shardwright.plans.threads import run_ranks
 
@@ -50,7 +51,7 @@ class Trials:
         self.table = table_below(table, self.name)
         self.call = call
 
-    def search(self) -> tuple[LocalSize, ...] | str:
+    def search(self) -> tuple[Local, ...] | str:
         """The fewest attributes to change, named below the module; or the reason why it cannot be cut."""
         whole = with_made_up_weights(self.instances[0])
         reads = changeable_reads(whole)
@@ -60,14 +61,20 @@ class Trials:
             return f"its code cannot be tried out alone: {type(exc).__name__}: {first_line(exc)}"
         if not expected.isfinite().all() or not expected.any():
             return "its code cannot be tried out: with made-up weights it gives no numbers"
+        local = self._local_sizes()
+        options = self._options(reads, local)
         problems: list[_Problem] = []
-        for trial in itertools.islice(itertools.chain([()], self._choices(reads)), MOST_TRIALS):
+        for trial in itertools.islice(_choices(options), MOST_TRIALS):
             if (problem := self._problem(trial, expected)) is None:
                 return trial
             problems.append(problem)
+        singles = [(), *((size,) for option in options for size in option)]
+        for trial in itertools.islice(self._with_views(singles, local, expected), MOST_TRIALS):
+            if self._problem(trial, expected) is None:
+                return trial
         return next((p for p in problems if p.runs), problems[0]).reason
 
-    def _problem(self, sizes: tuple[LocalSize, ...], expected: Tensor) -> _Problem | None:
+    def _problem(self, sizes: tuple[Local, ...], expected: Tensor) -> _Problem | None:
         """What is wrong with the outputs of the ranks; None if they are what the whole module gives."""
 
         def run(collectives: Collectives) -> Tensor:
@@ -92,26 +99,66 @@ class Trials:
         )
         return _Problem(reason, runs=True)
 
-    def _choices(self, reads: dict[tuple[str, str], Any]) -> Iterator[tuple[LocalSize, ...]]:
-        """Sets of changes, small ones first."""
-        options: list[list[LocalSize]] = []
+    def _local_sizes(self) -> dict[int, list[tuple[int, ...]]]:
+        """Sizes of the whole that code may ask for, each with what it may be on the ranks."""
         local: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         group_sizes = (_group_sizes(group, self.whole_table) for group in self.groups)
         for whole, parts in itertools.chain(*group_sizes, _cut_sizes(self.table)):
             if parts not in local[whole]:
                 local[whole].append(parts)
+        return dict(local)
+
+    def _options(
+        self, reads: dict[tuple[str, str], Any], local: dict[int, list[tuple[int, ...]]]
+    ) -> list[Sequence[Local]]:
+        """What may have to change, each with all that it may have to be."""
+        options: list[Sequence[Local]] = []
         for (name, attribute), value in reads.items():
             if self._is_the_same_everywhere(name, attribute, value):
                 changed = [LocalSize(name, attribute, values) for values in _changed(value, local)]
                 if changed:
                     options.append(changed)
-        for count in range(1, len(options) + 1):
-            for chosen in itertools.combinations(options, count):
-                yield from itertools.product(*chosen)
+        width = self.call.width()
+        if width is not None:
+            options.append([LocalWidth("", width, parts) for parts in _changed(width, local)])
+        return options
+
+    def _with_views(
+        self, others: Iterable[tuple[Local, ...]], local: dict[int, list[tuple[int, ...]]], expected: Tensor
+    ) -> Iterator[tuple[Local, ...]]:
+        """Changes together with views whose sizes are made to fit, in ever other ways where there are several."""
+        for sizes in others:
+            preferences: list[dict[Place, int]] = [{}]
+            for preferred in preferences:
+                learned = [
+                    LearnedViews(
+                        candidates={whole: tuple({p[rank] for p in parts}) for whole, parts in local.items()},
+                        preferred=preferred,
+                    )
+                    for rank in range(self.table.tp)
+                ]
+                self._problem((*sizes, LocalViewSizes("", tuple(learned))), expected)
+                if not any(views.at for views in learned):
+                    break
+                yield (*sizes, LocalViewSizes("", tuple(KnownViews(views.at) for views in learned)))
+                ways = {place: max(v.ways.get(place, 0) for v in learned) for v in learned for place in v.ways}
+                preferences += [
+                    {**preferred, place: way}
+                    for place, count in ways.items()
+                    if place not in preferred and len(preferences) < MOST_TRIALS
+                    for way in range(1, count)
+                ]
 
     def _is_the_same_everywhere(self, name: str, attribute: str, value: Any) -> bool:
         """Whether all modules of the kind have the same value: a layer's number is no size."""
         return all(read_attribute(held.get_submodule(name), attribute) == value for held in self.instances)
+
+
+def _choices(options: list[Sequence[Local]]) -> Iterator[tuple[Local, ...]]:
+    """Sets of changes, none first, then small ones."""
+    for count in range(len(options) + 1):
+        for chosen in itertools.combinations(options, count):
+            yield from itertools.product(*chosen)
 
 
 def _cut_sizes(table: ShardTable) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.layers.parallel_width import is_features
 from shardwright.plans.table import ShardTable
 
 TOLERANCE = 1e-4
@@ -36,6 +37,10 @@ class Call:
     def repeat(self, module: nn.Module) -> Tensor:
         """The first tensor of what a module returns for the same arguments. Raises whatever its code raises."""
         return first_tensor(module(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs)))
+
+    def width(self) -> int | None:
+        """Last dimension of the first features that it was given; None if there were none."""
+        return next((v.shape[-1] for v in (*self.args, *self.kwargs.values()) if is_features(v)), None)
 
 
 class _Enough(Exception):

@@ -1,16 +1,20 @@
-"""Sizes that a module's code reads from its attributes and that are smaller on a rank: head counts, widths.
+"""Sizes that a module's code reads and that are smaller on a rank: head counts, widths.
 
 Parameters tell their own sizes, but code such as `x.view(batch, length, self.n_head, -1)` asks an attribute, its own or
-one of its config. `plans.fit` finds out which of them have to change; here they are changed.
+one of its config, or the shape of its input. `plans.fit` finds out which of them have to change; here they are changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from shardwright.layers.collectives import Collectives
+from shardwright.layers.parallel import become
+from shardwright.layers.parallel_views import KnownViews, LocalViews
+from shardwright.layers.parallel_width import LocalWidthInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,50 @@ class LocalSize:
     """Its name, `config.n_head` if it is one of an object that the module holds."""
     values: tuple[Any, ...]
     """Per TP rank: an int, or a list or tuple of ints."""
+
+    def apply(self, owner: nn.Module, collectives: Collectives) -> None:
+        """Let the module say it, in place."""
+        holder, _, name = self.attribute.rpartition(".")
+        value = self.values[collectives.rank]
+        if holder:
+            setattr(owner, holder, view_with(getattr(owner, holder), **{name: value}))
+        else:
+            setattr(owner, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWidth:
+    """The width of a module's input is to say what this rank has of its output."""
+
+    module: str
+    """Qualified name."""
+    whole: int
+    """Last dimension of the input."""
+    values: tuple[int, ...]
+    """Per TP rank: what its code is told."""
+
+    def apply(self, owner: nn.Module, collectives: Collectives) -> None:
+        """Let the module be told so, in place."""
+        told = {"whole_width": self.whole, "local_width": self.values[collectives.rank]}
+        become(owner, LocalWidthInput, collectives=collectives, **told)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalViewSizes:
+    """Views in sizes of the whole are to be made in those of this rank, in known places of a module's code."""
+
+    module: str
+    """Qualified name."""
+    values: tuple[KnownViews, ...]
+    """Per TP rank."""
+
+    def apply(self, owner: nn.Module, collectives: Collectives) -> None:
+        """Let the module's views be made so, in place."""
+        become(owner, LocalViews, collectives=collectives, known_views=self.values[collectives.rank])
+
+
+Local = LocalSize | LocalWidth | LocalViewSizes
+"""Whatever a module's code is to take for the size of the whole."""
 
 
 class LocalView:
@@ -57,18 +105,6 @@ class LocalView:
 
     def _copy_into(self, other: LocalView) -> None:
         object.__getattribute__(other, "_local").update(object.__getattribute__(self, "_local"))
-
-
-def apply_sizes(module: nn.Module, sizes: Iterable[LocalSize], rank: int) -> None:
-    """Let attributes of a model say what a rank has, in place."""
-    for size in sizes:
-        owner = module.get_submodule(size.module)
-        holder, _, name = size.attribute.rpartition(".")
-        value = size.values[rank]
-        if holder:
-            setattr(owner, holder, view_with(getattr(owner, holder), **{name: value}))
-        else:
-            setattr(owner, name, value)
 
 
 def view_with(original: Any, **local: Any) -> LocalView:
