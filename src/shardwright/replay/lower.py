@@ -76,6 +76,8 @@ class Lowering:
         name = call.function._schema.name.removeprefix("aten::")
         if not tensors_in(call.output, Place):
             raise UnsupportedModelError(f"its code looks at numbers ({call.function}) while it runs")
+        if torch.Tag.dynamic_output_shape in call.function.tags or _picks(call):
+            raise UnsupportedModelError(f"numbers decide about shapes ({call.function})")
         if name in MAKES_ROOM:
             return []
         is_in_place = name.endswith("_") and not name.endswith("__")
@@ -92,7 +94,8 @@ class Lowering:
         if name == "copy":
             return self._elementwise(Operation.COPY, out, args[1])
         if name in FILLS:
-            return self._elementwise(Operation.COPY, out, FILLS[name] if FILLS[name] is not None else args[1])
+            value = FILLS[name]
+            return self._elementwise(Operation.COPY, out, args[1] if value is None else value)
         if name in ("clamp", "clamp_min", "clamp_max"):
             return self._clamp(name, out, args, kwargs)
         if name in BINARY and not kwargs.get("rounding_mode"):
@@ -286,6 +289,12 @@ class Lowering:
             return None
         single = [replace(p, sizes=(ONE, *p.sizes), strides=(Affine(0), *p.strides)) for p in (out, value, weight)]
         return [Instruction(Operation.PRODUCT, tuple(single))]
+
+
+def _picks(call: Call) -> bool:
+    """Whether a call takes the places at which a tensor is true."""
+    is_index = call.function._schema.name == "aten::index"
+    return is_index and any(place.dtype is torch.bool for place in tensors_in(call.args[1], Place))
 
 
 def _are(dtypes: tuple[torch.dtype, ...], *places: Any) -> bool:

@@ -31,7 +31,7 @@ LISTS_KEPT = 4
 
 
 class OutOfRangeError(Exception):
-    """Some index in a step was out of its table's range: the code would have done something else this time."""
+    """Some index or shape in a step was another than those recorded: the code would have done something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +219,8 @@ class Program:
             results = tensors_in(call.function(*args, **kwargs), Tensor)
             for target, result in zip(targets, results, strict=True):
                 if target is not None:
+                    if target.shape != result.shape:
+                        raise OutOfRangeError
                     target.copy_(result)
 
         return run
