@@ -104,11 +104,11 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_operations_are_those_of_torch(function: Function, dtype: torch.dtype) -> None:
     table = table_of(dtype)
-    several, single = program_of(function, table), program_of(function, table, (1, 1, 1))
+    program = program_of(function, table)
     for count in (1, 2, 4, 16):
         inputs = inputs_of(count, seed=9)
         expected = function(features(inputs, table), inputs.position_ids)
-        actual = (single if count == 1 else several).run(inputs)
+        actual = program.run(inputs)
         assert actual.dtype is expected.dtype
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -133,8 +133,7 @@ def test_linears_of_all_sizes(tokens: int, inner: int, outer: int, seed: int, wi
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float32 if wide else torch.bfloat16
     weight, table = (torch.randn(n, inner, generator=generator).to(dtype) for n in (outer, ROWS))
-    sizes = (1, 1, 1) if tokens == 1 else (2, 3, 64)
-    program = program_of(lambda x, _: x @ weight.T, table, sizes)
+    program = program_of(lambda x, _: x @ weight.T, table, (2, 3, 64))
     inputs = inputs_of(tokens, seed)
     expected = features(inputs, table).double() @ weight.T.double()
     bound = 1e-5 if wide else 1e-2

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from shardwright.errors import UnsupportedModelError
-from shardwright.replay.trace import Attend, SeenCall, SeenTensor, Trace, WriteCache
+from shardwright.replay.trace import Attend, SeenCall, SeenTensor, Trace, WriteCache, mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,9 @@ def pruned(trace: Trace) -> Trace:
         return replace(tensor, storage=numbers.setdefault(tensor.storage, len(numbers)))
 
     kept = [
-        SeenCall(call.function, *(_mapped(tree, renumbered) for tree in (call.args, call.kwargs, call.output)))
+        SeenCall(
+            call.function, *(mapped(tree, SeenTensor, renumbered) for tree in (call.args, call.kwargs, call.output))
+        )
         for call in calls
     ]
     output = renumbered(trace.output)
@@ -145,10 +146,6 @@ def _is_view(call: SeenCall, inputs: set[int], outputs: set[int]) -> bool:
         return False
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in call.function._schema.arguments)  # type: ignore[attr-defined]
     return not writes and outputs <= inputs
-
-
-def _mapped(tree: Any, change: Callable[[SeenTensor], SeenTensor]) -> Any:
-    return tree_map_only(SeenTensor, change, tree)
 
 
 def _produced(trace: Trace) -> set[int]:

@@ -76,7 +76,7 @@ class Lowering:
         name = call.function._schema.name.removeprefix("aten::")
         if not tensors_in(call.output, Place):
             raise UnsupportedModelError(f"its code looks at numbers ({call.function}) while it runs")
-        if torch.Tag.dynamic_output_shape in call.function.tags or _picks(call):
+        if _picks(call):
             raise UnsupportedModelError(f"numbers decide about shapes ({call.function})")
         if name in MAKES_ROOM:
             return []
@@ -129,6 +129,8 @@ class Lowering:
             return self._normalize(Operation.LAYER_NORM, out[0], args[0], args[1], args[2], args[3], args[4])
         if name == "_fused_rms_norm":
             return self._normalize(Operation.RMS_NORM, out[0], args[0], args[1], args[2], None, args[3])
+        if name == "linear":
+            return self._linear_of_any_shape(out, args[0], args[1], args[2] if len(args) > 2 else None)
         if name == "mm":
             return self._linear(out, args[0], args[1], None)
         if name == "addmm" and not kwargs:
@@ -274,6 +276,14 @@ class Lowering:
             return None
         return [Instruction(operation, (out, value, weight, bias), (bits_of(epsilon),))]
 
+    def _linear_of_any_shape(self, out: Place, value: Place, weight: Place, bias: Place | None) -> Lowered:
+        """[..., K] by [N, K], where the leading dimensions are those of one list of rows."""
+        transposed = replace(weight, sizes=weight.sizes[::-1], strides=weight.strides[::-1])
+        rows = [_as_rows(place) for place in (out, value)]
+        if rows[0] is None or rows[1] is None or len(weight.sizes) != 2:
+            return None
+        return self._linear(rows[0], rows[1], transposed, bias)
+
     def _linear(self, out: Place, value: Place, weight: Place, bias: Place | None) -> Lowered:
         given = [place for place in (out, value, weight, bias) if place is not None]
         is_vector = bias is None or (len(bias.sizes) == 1 and bias.strides == (ONE,) and bias.sizes == out.sizes[1:])
@@ -292,9 +302,22 @@ class Lowering:
 
 
 def _picks(call: Call) -> bool:
-    """Whether a call takes the places at which a tensor is true."""
-    is_index = call.function._schema.name == "aten::index"
-    return is_index and any(place.dtype is torch.bool for place in tensors_in(call.args[1], Place))
+    """Whether the numbers in a tensor decide how large a call's output is."""
+    if call.function._schema.name == "aten::index":  # it does so only for places at which a tensor is true
+        return any(place.dtype is torch.bool for place in tensors_in(call.args[1], Place))
+    return torch.Tag.dynamic_output_shape in call.function.tags
+
+
+def _as_rows(place: Place) -> Place | None:
+    """A tensor as [rows, features]; None if its rows do not follow each other evenly."""
+    rows, stride = ONE, Affine(0)
+    for size, step in zip(place.sizes[:-1], place.strides[:-1], strict=True):
+        if size == ONE:
+            continue
+        if rows != ONE and (size.slope or stride != step * size.base):
+            return None
+        rows, stride = rows * size.base if rows != ONE else size, step
+    return replace(place, sizes=(rows, place.sizes[-1]), strides=(stride, place.strides[-1]))
 
 
 def _are(dtypes: tuple[torch.dtype, ...], *places: Any) -> bool:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from shardwright.adapt.served_model import ForwardInputs
 from shardwright.attention.kv_cache import KVCache
@@ -24,7 +23,7 @@ from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
 from shardwright.replay.arena import plan_arena
 from shardwright.replay.instructions import FLOATS, MOST_VALUES, Instruction, Operation, bits_of, encode
 from shardwright.replay.lower import Lowering
-from shardwright.replay.trace import Attend, WriteCache
+from shardwright.replay.trace import Attend, WriteCache, mapped
 
 LISTS_KEPT = 4
 """Numbers of tokens for which the list of instructions is kept."""
@@ -206,9 +205,7 @@ class Program:
         """A call that is left to PyTorch, for a step of so many tokens."""
         call = self._host[row]
         args, kwargs = (
-            tree_map_only(
-                Affine, lambda a: a.at(num_tokens), tree_map_only(Place, lambda p: self._view(p, num_tokens), t)
-            )
+            mapped(mapped(t, Place, lambda p: self._view(p, num_tokens)), Affine, lambda a: a.at(num_tokens))
             for t in (call.args, call.kwargs)
         )
         given = {place.storage for place in tensors_in((call.args, call.kwargs), Place)}
@@ -237,7 +234,7 @@ def _folded(recording: Recording) -> list[Call]:
             calls.append(call)
             continue
         arguments = (call.args, call.kwargs)
-        args, kwargs = tree_map_only(Place, lambda place: _constant(place, recording), arguments)
+        args, kwargs = mapped(arguments, Place, lambda place: _constant(place, recording))
         results = tensors_in(call.function(*args, **kwargs), Tensor)
         for place, result in zip(tensors_in(call.output, Place), results, strict=True):
             recording.constants[place.storage] = result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 MOST_TOKENS = 64
 """Larger steps are busy with products that PyTorch does as well."""
-SEVERAL = (2, 3, 5)
-"""Steps that are compared for a program of any number of tokens but one, which code may treat in a way of its own."""
-CHECKED = (1, 2, 4, 7)
+SIZES = (2, 3, 5)
+"""Steps that are compared."""
+CHECKED = (1, 4, 7)
+"""Steps for which logits are compared; one token alone is what code may treat in a way of its own."""
 MOST_POSITIONS = 2048
 """Of recorded steps."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 class Recorder:
-    """Makes programs of a model's decode steps.
+    """Makes a program of a model's decode steps.
 
     Args:
         served: the model, weights loaded, on the CPU.
@@ -69,28 +69,25 @@ class Recorder:
             device=torch.device("cpu"),
         )
 
-    def programs(self) -> DecodePrograms:
-        """Programs of all decode steps up to MOST_TOKENS.
+    def program(self) -> Program:
+        """All decode steps up to MOST_TOKENS.
 
         Raises: UnsupportedModelError if some step cannot be repeated, with the reason.
         """
         with plain_linears(self._served.module):
             self._plain(self._inputs(2))  # what code makes once and keeps is made
-            several = [self._trace(count) for count in SEVERAL]
-            single = [self._trace(1) for _ in SEVERAL]
-        programs = DecodePrograms(
-            Program(common_recording(single), most_tokens=1),
-            Program(common_recording(several), most_tokens=MOST_TOKENS),
-        )
-        programs.bind(self._cache)
+            traces = [self._trace(count) for count in SIZES]
+        program = Program(common_recording(traces), most_tokens=MOST_TOKENS)
+        del traces
+        program.bind(self._cache)
         for count in CHECKED:
             inputs = self._inputs(count)
             expected = self._plain(inputs).float()
-            actual = programs.run(inputs).float()
+            actual = program.run(inputs).float()
             difference = float((expected - actual).square().mean().sqrt() / expected.std().clamp_min(1e-6))
             if not difference <= TOLERANCE[self._dtype]:
                 raise UnsupportedModelError(f"repeated, its logits differ by {difference:.2g} of their spread")
-        return programs
+        return program
 
     def _plain(self, inputs: ForwardInputs) -> Tensor:
         return self._served.forward(inputs, self._cache, self._backend)
@@ -127,27 +124,11 @@ class Recorder:
         )
 
 
-class DecodePrograms:
-    """Steps of one token for each of up to MOST_TOKENS sequences."""
-
-    def __init__(self, single: Program, several: Program) -> None:
-        self._programs: Sequence[Program] = (single, several)
-
-    def bind(self, cache: KVCache) -> None:
-        """Let them read and write a cache."""
-        for program in self._programs:
-            program.bind(cache)
-
-    def run(self, inputs: ForwardInputs) -> Tensor:
-        """[T, vocab_size] logits, to be read before the next step. Raises OutOfRangeError."""
-        return self._programs[len(inputs.input_ids) > 1].run(inputs)
-
-
 @torch.inference_mode()
-def record(recorder: Recorder) -> DecodePrograms | str:
-    """Programs of a model's decode steps, or why there are none."""
+def record(recorder: Recorder) -> Program | str:
+    """A model's decode steps, or why they cannot be repeated."""
     try:
-        return recorder.programs()
+        return recorder.program()
     except UnsupportedModelError as exc:
         return str(exc)
     except Exception as exc:  # of the model's code, under a mode that its author never thought of

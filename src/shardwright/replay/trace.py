@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from shardwright.attention.kv_cache import KVCache, LayerCache
 from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class TraceMode(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._kept: list[Tensor] = []
         self._is_muted = False
+        self._whole: set[Any] = {torch.ops.aten.linear.default}
+        """Operations that are not made of others, or are left as they are."""
 
     def __torch_dispatch__(
         self,
@@ -91,10 +94,12 @@ class TraceMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._is_muted:
             return func(*args, **kwargs)
-        with self:  # an operation that is made of others is these others
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        if func not in self._whole:
+            with self:  # an operation that is made of others is these others
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+            self._whole.add(func)
         seen_args, seen_kwargs = self._seen(args), self._seen(kwargs)
         output = func(*args, **kwargs)
         self.trace.calls.append(SeenCall(func, seen_args, seen_kwargs, self._seen(output)))
@@ -132,7 +137,18 @@ class TraceMode(TorchDispatchMode):
         )
 
     def _seen(self, tree: Any) -> Any:
-        return tree_map_only(Tensor, self.look_at, tree)
+        return mapped(tree, Tensor, self.look_at)
+
+
+def mapped(tree: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
+    """Nested lists, tuples and dicts with everything of a kind changed."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(mapped(item, kind, change) for item in tree)
+    if type(tree) is dict:
+        return {key: mapped(item, kind, change) for key, item in tree.items()}
+    return tree
 
 
 class TracedCache:

@@ -19,8 +19,8 @@ from shardwright.attention.layout import AttentionBackend
 from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import bytes_per_block
 from shardwright.errors import UnsupportedModelError
-from shardwright.replay.program import OutOfRangeError
-from shardwright.replay.record import MOST_TOKENS, DecodePrograms, Recorder, record
+from shardwright.replay.program import OutOfRangeError, Program
+from shardwright.replay.record import MOST_TOKENS, Recorder, record
 from shardwright.worker.inputs import build_inputs
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.step import Ints, StepTables
@@ -64,7 +64,7 @@ class PackedModel:
         self._device = device
         self._cache: KVCache | None = None
         self._recomputing: RecomputingModel | None = None
-        self._programs: DecodePrograms | None = None
+        self._program: Program | None = None
         self.is_checked = False
         """Whether it gave the right logits once; until then, a failure is one."""
 
@@ -82,8 +82,8 @@ class PackedModel:
             device=self._device,
         )
 
-        if self._programs is not None:
-            self._programs.bind(self._cache)
+        if self._program is not None:
+            self._program.bind(self._cache)
 
     def record(self, *, num_positions: int, vocab_size: int) -> str | None:
         """Record the model's decode steps, to be carried out natively from the next `allocate` on.
@@ -98,19 +98,19 @@ class PackedModel:
         found = record(recorder)
         if isinstance(found, str):
             return found
-        self._programs = found
+        self._program = found
         return None
 
     def compute(self, step: StepTables) -> Tensor:
         assert self._cache is not None, "allocate comes first"
         if self._recomputing is None:
             inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
-            if self._programs is not None and _is_decode(step):
+            if self._program is not None and _is_decode(step):
                 try:
-                    return self._programs.run(inputs)
+                    return self._program.run(inputs)
                 except OutOfRangeError:
                     logger.warning("from now on the model's own code runs in every step: a table in it has grown")
-                    self._programs = None
+                    self._program = None
             try:
                 return self.served.forward(inputs, self._cache, self._backend)
             except UnsupportedModelError as exc:
