@@ -10,9 +10,10 @@ import typer
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
+from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import only_results_on_stdout, print_json, print_text, remark, stderr, stdout
-from shardwright.config import EngineConfig, ModelConfig, ParallelConfig
+from shardwright.config import EngineConfig, ParallelConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from shardwright.plans.plan import ParallelPlan
     from shardwright.plans.prove.report import ProofReport
     from shardwright.plans.report import PlanReport
-    from shardwright.worker.blueprint import Blueprint
 
 BUILDING = ("revision", "trust_remote_code", "tp_plan", "pp_plan", "enable_expert_parallel")
 FLAGS = (*BUILDING, "dtype", "pp_split")
@@ -114,7 +114,7 @@ def check(
 
 
 @app.command("prove", cls=Command, epilog=EXAMPLES)
-@with_flags(engine=engine_flags(only=BUILDING))
+@with_flags(engine=engine_flags(only=(*BUILDING, "pp_split")))
 @only_results_on_stdout()
 def prove(
     model: Model,
@@ -128,15 +128,26 @@ def prove(
     engine: dict[str, Any],
 ) -> None:
     """Run all ranks in this process, and compare every module with the model that is not cut."""
-    from shardwright.plans.prove import prove_plan
-
+    split = engine.pop("pp_split", None)
     config = EngineConfig.from_options(model, **engine, dtype="float32")
     with stderr().status(f"looking into {model}") as status:
-        blueprint = blueprint_of(config.model)
+        with heavy_imports():
+            from shardwright.plans.prove import prove_plan
+            from shardwright.worker.blueprint import Blueprint
+        blueprint = Blueprint.of(config.model)
         module = blueprint.load() if weights else blueprint.build(blueprint.dtype)
-        stages = num_stages(module, pp, None)
+        stages = num_stages(module, pp, split)
+        parallel = ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=stages, pp_split=split)
         chosen = plan_for(module, config, tp=tp, pp=stages)
-        proof = prove_plan(module, chosen, tp=tp, pp=stages, weights=weights, progress=status.update)
+        proof = prove_plan(
+            module,
+            chosen,
+            tp=tp,
+            pp=stages,
+            pp_split=parallel.layers_per_stage,
+            weights=weights,
+            progress=status.update,
+        )
     if json:
         print_json(proof.as_json())
     else:
@@ -159,12 +170,13 @@ def look(
 
     Raises: a UsageError if the model cannot be built, or a plan not be read.
     """
-    from shardwright.plans.report import make_report
-
     split = engine.pop("pp_split", None)
     config = EngineConfig.from_options(model, **engine)
     with stderr().status(f"looking into {model}") as status:
-        blueprint = blueprint_of(config.model)
+        with heavy_imports():
+            from shardwright.plans.report import make_report
+            from shardwright.worker.blueprint import Blueprint
+        blueprint = Blueprint.of(config.model)
         module = blueprint.build(blueprint.dtype)
         stages = num_stages(module, pp, split)
         parallel = ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=stages, pp_split=split)
@@ -181,13 +193,6 @@ def num_stages(module: nn.Module, pp: int | None, split: str | None) -> int:
     if pp is not None:
         return pp
     return split.count(",") + 1 if split is not None else default_stages(module)
-
-
-def blueprint_of(model: ModelConfig) -> Blueprint:
-    """The model that the options name. Raises a UsageError if there is none."""
-    from shardwright.worker.blueprint import Blueprint
-
-    return Blueprint.of(model)
 
 
 def plan_for(module: nn.Module, config: EngineConfig, *, tp: int, pp: int, anew: bool = False) -> ParallelPlan:

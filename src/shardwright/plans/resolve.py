@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from shardwright.plans.dataflow import Dataflow
 from shardwright.plans.groups import Member, Range, Ranges, UnitGroup, deal, ranges_of_all
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
+from shardwright.plans.replicate import is_in
 from shardwright.plans.stages import assign_stages
 from shardwright.plans.styles import (
     COLUMN_GATHERED,
@@ -24,7 +26,8 @@ from shardwright.plans.styles import (
     Output,
     Style,
 )
-from shardwright.plans.table import ParameterRow, ShardTable
+from shardwright.plans.table import ParameterRow, ShardTable, Undealt
+from shardwright.plans.undealt import hold_whole
 
 
 def resolve(
@@ -48,22 +51,26 @@ def resolve(
         pp_split: layers per stage; None: balanced by bytes.
         flow: of the model's layers, if it is at hand.
 
-    Raises: PlanError if a plan cannot be carried out: more ranks than units, stages than layers, a cut along a
-        dimension that a parameter does not have.
+    Returns: every rank holds all of what has fewer units than there are ranks, if there are heads that can be dealt.
+    Raises: PlanError if a plan cannot be carried out: more ranks than units of all heads, stages than layers, a cut
+        along a dimension that a parameter does not have.
     """
+    planned = [_planned(plan, tp, *found) for found in parameters_of(module)]
+    undealt = _undealt(module, plan, groups, planned, tp)
+    held = {name for each in undealt for name in each.modules}
     rows: list[ParameterRow] = []
     by_dimension: dict[tuple[str, int], tuple[UnitGroup, list[Member]]] = {}
     for group in groups:
         for member in group.members:
             by_dimension.setdefault((member.name, member.dim), (group, []))[1].append(member)
     pieces: dict[int, list[Range]] = {}
-    for name, aliases, parameter, owner in parameters_of(module):
-        pattern = next((p for n in (name, *aliases) if (p := matching_pattern(plan, n)) is not None), None)
-        style = plan.styles[pattern] if pattern is not None else REPLICATE
+    for each in planned:
+        name, shape, style, dim = each.names[0], tuple(each.parameter.shape), each.style, each.dim
+        if any(is_in(n, held) for n in each.names):
+            style, dim = REPLICATE, None
         row: dict[str, Any] = {}
-        dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
         if dim is not None:
-            found = next((by_dimension[n, dim] for n in (name, *aliases) if (n, dim) in by_dimension), None)
+            found = next((by_dimension[n, dim] for n in each.names if (n, dim) in by_dimension), None)
             ranges, unit = None, 1
             if found is not None:
                 group, members = found
@@ -71,32 +78,66 @@ def resolve(
                     pieces[id(group)] = group.pieces(tp)
                 unit = (members[0].segments[0][1] - members[0].segments[0][0]) // members[0].units
                 ranges = tuple(ranges_of_all(members, group.units, piece) for piece in pieces[id(group)])
-            if ranges is None or (is_exchanged(style) and not is_partition(ranges, parameter.shape[dim])):
-                ranges, unit = plain_ranges(name, parameter.shape[dim], style, tp), 1
+            if ranges is None or (is_exchanged(style) and not is_partition(ranges, shape[dim])):
+                ranges, unit = plain_ranges(name, shape[dim], style, tp), 1
             row = {"dim": dim, "unit": unit, "ranges": ranges}
         rows.append(
             ParameterRow(
                 name=name,
-                aliases=aliases,
-                shape=tuple(parameter.shape),
-                element_bytes=parameter.element_size(),
+                aliases=each.names[1:],
+                shape=shape,
+                element_bytes=each.parameter.element_size(),
                 style=style,
-                word=plan.tp[pattern] if pattern is not None else REPLICATE.name,
-                matched_by=pattern,
+                word=plan.tp[each.pattern] if each.pattern is not None else REPLICATE.name,
+                matched_by=each.pattern,
                 once=tp > 1 and style.is_row and dim is None and name.endswith("bias"),
                 **row,
             )
         )
     stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split, flow=flow)
+    styles = module_styles(module, plan, rows) if tp > 1 else {}
     return ShardTable(
         plan=plan,
         tp=tp,
         pp=pp,
         parameters=tuple(rows),
-        modules=module_styles(module, plan, rows) if tp > 1 else {},
+        modules={name: style for name, style in styles.items() if not is_in(name, held)},
         groups=tuple(groups),
         stages=stages,
+        undealt=undealt,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A parameter, and what the plan says of it."""
+
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+    pattern: str | None
+    style: Style
+    dim: int | None
+    """The dimension that is cut."""
+
+
+def _planned(
+    plan: ParallelPlan, tp: int, name: str, aliases: tuple[str, ...], parameter: nn.Parameter, owner: nn.Module
+) -> _Planned:
+    names = (name, *aliases)
+    pattern = next((p for n in names if (p := matching_pattern(plan, n)) is not None), None)
+    style = plan.styles[pattern] if pattern is not None else REPLICATE
+    dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
+    return _Planned(names, parameter, pattern, style, dim)
+
+
+def _undealt(
+    module: nn.Module, plan: ParallelPlan, groups: Sequence[UnitGroup], planned: Sequence[_Planned], tp: int
+) -> tuple[Undealt, ...]:
+    cut = {(name, each.dim) for each in planned if each.dim is not None for name in each.names}
+    if not any(group.units < tp for group in groups) or not cut:
+        return ()
+    styles = module_styles(module, plan, ())
+    return hold_whole(module, groups, styles, lambda member: (member.name, member.dim) in cut, ranks=tp)
 
 
 def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[ParameterRow]) -> dict[str, Style]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from shardwright.plans.groups import Ranges, UnitGroup
+from shardwright.plans.groups import Ranges, UnitGroup, UnitKind
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.styles import REPLICATE, Style
 
@@ -67,6 +67,16 @@ class Stage:
     """Those of them that are layers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Undealt:
+    """A group that the plan cuts, and every rank holds all of: it has fewer units than there are ranks."""
+
+    kind: UnitKind
+    units: int
+    modules: tuple[str, ...]
+    """Qualified names of modules and parameters that are whole."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardTable:
     """A plan, resolved for one model and one number of ranks."""
@@ -80,6 +90,7 @@ class ShardTable:
     groups: tuple[UnitGroup, ...]
     """Those of the model, whether the plan cuts them or not."""
     stages: tuple[Stage, ...]
+    undealt: tuple[Undealt, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, ParameterRow]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardwright.plans.flow.atoms import Labels
-from shardwright.plans.flow.memory import Origin
+from shardwright.plans.flow.atoms import Labels, distinct
+from shardwright.plans.flow.memory import Origin, thin
 from shardwright.plans.flow.state import Axis, Flow
 from shardwright.plans.groups import Member, UnitGroup, UnitKind
 
@@ -50,7 +50,7 @@ def settle(flow: Flow) -> None:
 
 def _num_bound(flow: Flow) -> int:
     every = np.concatenate([np.zeros(1, np.int64), *(axis.atoms for axis in flow.axes)])
-    return len(np.unique(flow.atoms.find(every)))
+    return len(distinct(flow.atoms.find(every)))
 
 
 def _bind_split(flow: Flow, labels: Labels) -> None:
@@ -117,7 +117,9 @@ class Ends:
 
     def users(self, atom: int) -> Users:
         """Units that need an atom; none if every rank has it, or nothing comes of it."""
-        return self.needed_by.get(atom, frozenset((atom,))) & self.closing
+        if (users := self.needed_by.get(atom)) is not None:
+            return users & self.closing
+        return frozenset((atom,)) if atom in self.closing else frozenset()
 
     def closed(self, keys: Sequence[Origin]) -> list[Origin]:
         """Those of some dimensions that are rows."""
@@ -137,7 +139,7 @@ def _ends(flow: Flow) -> Ends:
     touching = {}
     for axis in flow.axes:
         found = flow.atoms.find(axis.atoms)
-        atoms = np.unique(found)
+        atoms = distinct(found)
         units = frozenset(atoms[np.isin(atoms, closing)].tolist())
         units = units.union(*(ends.users(a) for a in atoms[np.isin(atoms, shared)].tolist()))
         if units:
@@ -149,7 +151,7 @@ def _ends(flow: Flow) -> Ends:
 
 def _closed_atoms(flow: Flow) -> Labels:
     every = [np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)]
-    found = np.unique(flow.atoms.find(np.concatenate(every)))
+    found = distinct(flow.atoms.find(np.concatenate(every)))
     return found[found > 0]
 
 
@@ -180,7 +182,7 @@ def _group(flow: Flow, keys: Sequence[Origin], ends: Ends) -> UnitGroup | None:
     if not closed:
         return None
     order: dict[int, int] = {}
-    for key in (*closed, *keys):
+    for key in dict.fromkeys((*closed, *keys)):
         for atom in dict.fromkeys(roots[key].tolist()):
             for unit in sorted(ends.users(atom)):
                 order.setdefault(unit, len(order))
@@ -191,10 +193,11 @@ def _group(flow: Flow, keys: Sequence[Origin], ends: Ends) -> UnitGroup | None:
         atoms, place = np.unique(roots[name, dim], return_inverse=True)
         spans = np.empty((len(atoms), 2), dtype=np.int64)
         for row, atom in enumerate(atoms.tolist()):
-            needed = sorted(order[unit] for unit in ends.users(atom)) or range(len(order))
-            if needed[-1] - needed[0] + 1 != len(needed):
+            needed = [order[unit] for unit in ends.users(atom)] or range(len(order))
+            first, last = min(needed), max(needed)
+            if last - first + 1 != len(needed):
                 return None
-            spans[row] = needed[0], needed[-1] + 1
+            spans[row] = first, last + 1
         members += members_of(name, dim, pieces_of(spans[place.ravel()]), len(order))
     multiplied = [np.zeros(1, np.int64), *(labels.ravel() for labels in flow.heads)]
     is_heads = bool(np.isin(flow.atoms.find(np.concatenate(multiplied)), list(order)).any())
@@ -206,7 +209,8 @@ def pieces_of(spans: Labels) -> list[Piece]:
     """Runs of indices that the same units need, from [indices, 2] first and last unit of each."""
     starts = [0, *(np.nonzero((spans[1:] != spans[:-1]).any(axis=1))[0] + 1).tolist()]
     stops = [*starts[1:], len(spans)]
-    return [Piece(start, stop, *spans[start].tolist()) for start, stop in zip(starts, stops, strict=True)]
+    units = spans[starts].tolist()
+    return [Piece(start, stop, *needed) for start, stop, needed in zip(starts, stops, units, strict=True)]
 
 
 def members_of(name: str, dim: int, pieces: Sequence[Piece], units: int) -> list[Member]:
@@ -262,9 +266,10 @@ def vocabulary_groups(flow: Flow) -> list[UnitGroup]:
 def heads_of(flow: Flow) -> dict[str, str | None]:
     """Weights whose columns the model returns, and their biases."""
     found: dict[str, str | None] = {}
-    escaped = [flow.memory.labels(ref) for ref in flow.trace.outputs]
-    atoms = {int(a) for labels in escaped if labels is not None for a in np.unique(labels).tolist()} - {0}
-    axes: list[Axis] = [a for a in flow.axes if atoms & set(flow.atoms.find(a.atoms).tolist())]
+    labelled = (flow.memory.labels(ref) for ref in flow.trace.outputs)
+    returned = [np.zeros(0, np.int64), *(thin(labels).ravel() for labels in labelled if labels is not None)]
+    atoms = distinct(np.concatenate(returned))
+    axes: list[Axis] = [a for a in flow.axes if np.isin(flow.atoms.find(a.atoms), atoms[atoms != 0]).any()]
     for axis in axes:
         if axis.dim == 0 and len(flow.trace.refs[axis.name].size) == 2:
             found[axis.name] = next(
