@@ -89,10 +89,7 @@ def infer(
     """Make a plan from the model's code, whether or not it carries one."""
     report, module = look(model, engine, tp=tp, pp=pp, anew=True)
     if write is not None:
-        from shardwright.plans.report.write import write_plan
-
-        write_plan(report.plan, write, module)
-        remark(f"wrote the plan to {write}")
+        write_for_all(report, module, write)
     give(report, html=html, json=json, tables=True)
 
 
@@ -154,6 +151,23 @@ def prove(
         show_proof(proof, model)
     if not proof.ok:
         raise typer.Exit(1)
+
+
+def write_for_all(report: PlanReport, module: nn.Module, path: Path) -> None:
+    """Write an inferred plan as other engines can carry it out too, and say where that is less than ours."""
+    from shardwright.plans.portable import portable
+    from shardwright.plans.report.write import write_plan
+    from shardwright.plans.units import unit_groups
+
+    groups = report.table.groups if report.table is not None else unit_groups(module, report.plan)
+    plan = portable(report.plan, module, groups)
+    write_plan(plan, path, module)
+    remark(f"wrote the plan to {path}")
+    if other := [pattern for pattern, style in report.plan.styles.items() if plan.styles.get(pattern) != style]:
+        remark(
+            f"{len(other)} of its entries cut less than is shown, for Transformers and vLLM cannot cut there "
+            f"({other[0]}{', ...' if other[1:] else ''}); without a file, shardwright does"
+        )
 
 
 def look(

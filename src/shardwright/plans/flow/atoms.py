@@ -67,3 +67,12 @@ class Atoms:
             return np.zeros((2, 0), dtype=np.int64)
         pairs = self.find(np.concatenate(self._needs, axis=1))
         return np.unique(pairs[:, pairs[0] != pairs[1]], axis=1)
+
+    def with_needs_bound(self) -> Atoms:
+        """A copy in which an atom is bound to what it needs."""
+        pairs = self.needs()
+        pairs = pairs[:, (pairs > 0).all(axis=0)]
+        made = Atoms()
+        made._parent = self._parent.copy()
+        made.bind(pairs[0], pairs[1])
+        return made
