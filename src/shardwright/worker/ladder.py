@@ -60,7 +60,7 @@ def climb(
     set_attention(module, "eager")
     expected = _expected(module, vocab_size=vocab_size, agree=agree)
     reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
-    rungs = single_rungs(module, device=device)
+    rungs = single_rungs(module, device=device, parallel=parallel)
     if agree(not far_position_turns_others(module, num_positions=num_positions)):
         rungs[:0] = batched_rungs(
             module,

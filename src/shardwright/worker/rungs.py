@@ -82,9 +82,10 @@ def batched_rungs(
     ]
 
 
-def single_rungs(module: nn.Module, *, device: torch.device) -> list[Rung]:
+def single_rungs(module: nn.Module, *, device: torch.device, parallel: ParallelConfig | None) -> list[Rung]:
     """Those on which requests are computed one by one."""
+    is_whole = parallel is None or parallel.pipeline_parallel_size == 1
     return [
-        Rung(AttentionRung.PER_REQUEST, partial(PerRequestModel, module, device=device)),
+        Rung(AttentionRung.PER_REQUEST, partial(PerRequestModel, module, device=device, is_whole=is_whole)),
         Rung(AttentionRung.RECOMPUTE, partial(RecomputingModel, module, device=device)),
     ]
