@@ -214,7 +214,8 @@ class PipelineStage:
         assert self._source is not None, "the first stage receives nothing"
         if self._arguments is None:
             try:
-                tensors = receive(self._source)
+                with torch._C.DisableTorchFunction():
+                    tensors = receive(self._source)
             except StageFinishedError:
                 self._source_has_finished = True
                 raise
@@ -230,12 +231,13 @@ class PipelineStage:
         """In place of the first layer of the next stage."""
         assert self._target is not None, "the last stage hands over nothing"
         given = by_name(self._takes_next, args, kwargs)
-        tensors = [tensor_at((args, kwargs), path) for path in self._gives.arguments]
         names = self._gives.modules
-        if any(tensor.is_meta for tensor in tensors) or not all(name in self._outputs for name in names):
-            send_blank(self._target)
-        else:
-            self._target.send([*tensors, *(self._outputs[name] for name in names)])
+        with torch._C.DisableTorchFunction():  # tensors that watch what is done to them were sent twice
+            tensors = [tensor_at((args, kwargs), path).as_subclass(Tensor) for path in self._gives.arguments]
+            if any(tensor.is_meta for tensor in tensors) or not all(name in self._outputs for name in names):
+                send_blank(self._target)
+            else:
+                self._target.send([*tensors, *(self._outputs[name].as_subclass(Tensor) for name in names)])
         raise _Left(given)
 
 

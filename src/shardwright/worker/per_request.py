@@ -155,8 +155,8 @@ class PerRequestModel(RecomputingModel):
 def count_elsewhere(cache: Any, num_tokens: int, device: torch.device) -> None:
     """Let the parts of a cache whose layers run on other pipeline stages know how many tokens there are.
 
-    Code around the layers asks some layer's part, often the first one's, for lengths of masks and for positions. Keys of
-    one byte a token stand for those that are kept elsewhere.
+    Code around the layers asks some layer's part, often the first one's, for lengths of masks and for positions. Keys
+    of one byte a token stand for those that are kept elsewhere.
     """
     if not isinstance(cache, Cache):
         return
