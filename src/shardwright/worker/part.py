@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from shardwright.config import EngineConfig
 from shardwright.plans.choose import choose_plan
@@ -89,20 +91,28 @@ class _Whole:
 
 
 def give_empty_logits(module: nn.Module) -> None:
-    """Let a stage that hands over return what those who call a model expect: logits, but of no tokens' numbers.
+    """Let a stage that hands over return what those who call a model expect: logits, but of no tokens' numbers, and the
+    caches that its layers fill.
 
-    They have the shape [B, T, 0].
+    The logits have the shape [B, T, 0]. Caches are what a layer is given and the model takes, under one name.
     """
     forward = module.forward
+    taken = inspect.signature(forward).parameters
 
     @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> CausalLMOutput:
+    def run(*args: Any, **kwargs: Any) -> ModelOutput:
         handed = forward(*args, **kwargs)
         tokens: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         num_tokens = 1 if handed.gives_last_alone else tokens.shape[-1]
-        return CausalLMOutput(logits=torch.empty(len(tokens), num_tokens, 0, device=tokens.device))
+        caches = {name: value for name, value in handed.given.items() if name in taken and is_cache(value)}
+        return ModelOutput(logits=torch.empty(len(tokens), num_tokens, 0, device=tokens.device), **caches)
 
     module.forward = run
+
+
+def is_cache(value: Any) -> bool:
+    """Whether layers may write into a value what they keep from token to token."""
+    return isinstance(value, Cache) or (isinstance(value, list) and any(isinstance(item, Tensor) for item in value))
 
 
 def count_parameters(module: nn.Module) -> int:
