@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardwright.plans.flow.atoms import Atoms, Labels
+from shardwright.plans.flow.atoms import Atoms, Labels, distinct
 from shardwright.plans.flow.state import Flow
 
 
