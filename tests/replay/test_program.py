@@ -94,6 +94,7 @@ FUNCTIONS: dict[str, Function] = {
     "position table": constant_table,
     "counted positions": lambda x, p: (p + 2).to(x.dtype)[:, None] * x,
     "selected rows": lambda x, p: like(TABLE, x).index_select(0, p),
+    "a look at a constant": lambda x, _: x * (TABLE.abs() + 1).amax().item() if bool(TABLE[0, 0] != 9) else x,
     "sorted": lambda x, _: x.sort(-1).values,
     "top 2": lambda x, _: torch.cat([part.to(x.dtype) for part in x.topk(2, dim=-1)], dim=1),
 }

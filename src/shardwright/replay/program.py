@@ -230,6 +230,9 @@ def _folded(recording: Recording) -> list[Call]:
         raise UnsupportedModelError("its code changes what it keeps from step to step")
     calls = []
     for call in recording.calls:
+        inputs = tensors_in((call.args, call.kwargs), Place)
+        if not tensors_in(call.output, Place) and all(place.storage in recording.constants for place in inputs):
+            continue  # a look at a number that is always the same
         if isinstance(call.function, WriteCache | Attend) or not _is_constant(call, recording, writes):
             calls.append(call)
             continue

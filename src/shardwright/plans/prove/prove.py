@@ -132,8 +132,9 @@ def _misfit(trial: Trial, failure: Failure) -> Misfit | None:
     """What the model's code does not let be cut, if that is why it failed; not if it ran, and gave other numbers."""
     if failure.max_abs_diff is not None:
         return None
-    above = (m for m in trial.fitted.misfits if any(f"{failure.module}.".startswith(f"{n}.") for n in m.modules))
-    return next((misfit for misfit in above if misfit.modules[0] not in trial.whole), None)
+    left = [misfit for misfit in trial.fitted.misfits if misfit.modules[0] not in trial.whole]
+    above = (m for m in left if any(f"{failure.module}.".startswith(f"{n}.") for n in m.modules))
+    return next(above, left[0] if left else None)  # the code that failed may have been given parts by another's
 
 
 def _not_handed_over(unnamed: Unnamed, verdict: Verdict) -> Divergence:
