@@ -9,11 +9,19 @@ import pytest
 import torch
 
 from shardwright.parallel.groups import ProcessGroups, open_store
-from shardwright.parallel.links import MOST_UNDER_WAY, RankLink
+from shardwright.parallel.links import MOST_UNDER_WAY, RankLink, padded
 from shardwright.worker.placement import Placement
 
 HOST = "127.0.0.1"
 NUM_MESSAGES = 50
+
+
+def test_a_number_that_is_expanded_has_bytes_too() -> None:
+    """Masks of one token are such."""
+    number = torch.ones(()).expand(1, 1)
+    assert number.is_contiguous()
+    assert number.stride() == (0, 0)
+    assert padded(number).view(torch.float32).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 def receive_all(port: int) -> None:

@@ -53,9 +53,11 @@ class RankLink:
 
         Receivers take all messages that come, whatever becomes of them, so there is an end to the wait.
         """
-        self._start(described(tensors))
-        if any(size_of(t) for t in tensors):
-            self._start(torch.cat([padded(t) for t in tensors if size_of(t)]))
+        header = described(tensors)
+        parts = [padded(t) for t in tensors if size_of(t)]  # before anything is sent: half a message would be misread
+        self._start(header)
+        if parts:
+            self._start(torch.cat(parts))
 
     def recv(self) -> list[Tensor]:
         """The tensors of the oldest message; waits for it."""
@@ -88,7 +90,8 @@ def size_of(tensor: Tensor) -> int:
 
 def padded(tensor: Tensor) -> Tensor:
     """The bytes of a tensor."""
-    data = tensor.contiguous().view(-1).view(torch.uint8)
+    data = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one number that is expanded has another stride
+    data = data.view(torch.uint8)
     return torch.nn.functional.pad(data, (0, size_of(tensor) - tensor.nbytes))
 
 
