@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 SERVE = "shardwright"
@@ -68,10 +68,13 @@ def blank_masks() -> Iterator[None]:
     sequences in them, and be built in another way than for one.
     """
     ALL_MASK_ATTENTION_FUNCTIONS["eager"] = _blank_mask
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+        masking_utils.find_packed_sequence_indices = find
 
 
 def _blank_mask(
