@@ -1,0 +1,35 @@
+"""Linear layers with quantized weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardwright.kernels.quantized_weight import QuantizedWeight, dequantize
+
+PIECE_ELEMENTS = 1 << 20
+"""4 MiB of float32: weights are widened in pieces of whole rows of about this size, which stay in the CPU's cache."""
+
+
+def quantized_linear_reference(
+    input: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, compute_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`input @ weight.T + bias`, in torch.
+
+    Args:
+        input: [tokens, inputs], floating point.
+        weight: on the device of `input`.
+        bias: [outputs], or None.
+        compute_dtype: of the product, for which weights are rounded to it.
+
+    Returns: [tokens, outputs], dtype of `input`.
+    """
+    output = input.new_empty(len(input), weight.outputs)
+    wide = input.to(compute_dtype)
+    step = max(1, PIECE_ELEMENTS // max(1, weight.inputs))
+    for first in range(0, weight.outputs, step):
+        piece = wide @ dequantize(weight, first, first + step).to(compute_dtype).T
+        if bias is not None:
+            piece += bias[first : first + step]
+        output[:, first : first + step] = piece
+    return output
