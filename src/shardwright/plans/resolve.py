@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from shardwright.errors import PlanError
 from shardwright.plans.dataflow import Dataflow
-from shardwright.plans.groups import Member, Range, Ranges, UnitGroup, deal, ranges_of_all
+from shardwright.plans.deal import Deal
+from shardwright.plans.groups import UnitGroup
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
+from shardwright.plans.quantization import Quantization
+from shardwright.plans.replicate import is_in, rows_without
 from shardwright.plans.stages import assign_stages
 from shardwright.plans.styles import (
     COLUMN_GATHERED,
@@ -36,6 +38,7 @@ def resolve(
     pp: int = 1,
     pp_split: Sequence[int] | None = None,
     flow: Dataflow | None = None,
+    quantization: Quantization | None = None,
 ) -> ShardTable:
     """The table of a model.
 
@@ -47,33 +50,22 @@ def resolve(
         pp: pipeline stages.
         pp_split: layers per stage; None: balanced by bytes.
         flow: of the model's layers, if it is at hand.
+        quantization: of its weights, which are then cut between quantized groups.
 
     Raises: PlanError if a plan cannot be carried out: more ranks than units, stages than layers, a cut along a
         dimension that a parameter does not have.
     """
     rows: list[ParameterRow] = []
-    by_dimension: dict[tuple[str, int], tuple[UnitGroup, list[Member]]] = {}
-    for group in groups:
-        for member in group.members:
-            by_dimension.setdefault((member.name, member.dim), (group, []))[1].append(member)
-    pieces: dict[int, list[Range]] = {}
+    deal = Deal(groups, tp, quantization)
     for name, aliases, parameter, owner in parameters_of(module):
         pattern = next((p for n in (name, *aliases) if (p := matching_pattern(plan, n)) is not None), None)
         style = plan.styles[pattern] if pattern is not None else REPLICATE
         row: dict[str, Any] = {}
         dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
-        if dim is not None:
-            found = next((by_dimension[n, dim] for n in (name, *aliases) if (n, dim) in by_dimension), None)
-            ranges, unit = None, 1
-            if found is not None:
-                group, members = found
-                if id(group) not in pieces:
-                    pieces[id(group)] = group.pieces(tp)
-                unit = (members[0].segments[0][1] - members[0].segments[0][0]) // members[0].units
-                ranges = tuple(ranges_of_all(members, group.units, piece) for piece in pieces[id(group)])
-            if ranges is None or (is_exchanged(style) and not is_partition(ranges, parameter.shape[dim])):
-                ranges, unit = plain_ranges(name, parameter.shape[dim], style, tp), 1
-            row = {"dim": dim, "unit": unit, "ranges": ranges}
+        if dim is not None and (part := deal.part((name, *aliases), dim, parameter.shape[dim], style)) is not None:
+            row = {"dim": dim, "unit": part.unit, "ranges": part.ranges}
+        if quantization is not None and name in quantization.inputs:
+            row |= {"quantized": quantization.format, "input_dim": quantization.inputs[name][0]}
         rows.append(
             ParameterRow(
                 name=name,
@@ -87,16 +79,26 @@ def resolve(
                 **row,
             )
         )
+    whole = deal.held_whole(adders(module, plan))
+    rows = rows_without(rows, whole)
     stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split, flow=flow)
+    styles = module_styles(module, plan, rows) if tp > 1 else {}
     return ShardTable(
         plan=plan,
         tp=tp,
         pp=pp,
         parameters=tuple(rows),
-        modules=module_styles(module, plan, rows) if tp > 1 else {},
+        modules={name: style for name, style in styles.items() if not is_in(name, whole)},
         groups=tuple(groups),
         stages=stages,
+        undealt=tuple(deal.undealt),
     )
+
+
+def adders(module: nn.Module, plan: ParallelPlan) -> set[str]:
+    """Modules that hold nothing that is cut, and add up what modules within them compute."""
+    patterns = [p for p, style in plan.styles.items() if style.output is Output.SUMMED and style.cut is Cut.NONE]
+    return {name for name, _ in module.named_modules() if any(matches(pattern, name) for pattern in patterns)}
 
 
 def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[ParameterRow]) -> dict[str, Style]:
@@ -119,18 +121,6 @@ def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[Paramete
                 is_embedding = isinstance(module.get_submodule(owner), nn.Embedding)
                 styles[owner] = VOCABULARY if is_embedding else COLUMN_GATHERED
     return styles
-
-
-def is_exchanged(style: Style) -> bool:
-    """Whether ranks put their parts together, or take them out of the whole, so that these must follow each other."""
-    return style.output is Output.GATHERED or style.input is Input.SPLIT
-
-
-def is_partition(ranges: Sequence[Ranges], length: int) -> bool:
-    """Whether what ranks hold are neighbouring parts of a dimension, in the order of ranks."""
-    ends = [(r[0][0], r[0][1]) for r in ranges if len(r) == 1]
-    starts = [start for start, _ in ends] + [length]
-    return len(ends) == len(ranges) and starts[0] == 0 and [stop for _, stop in ends] == starts[1:]
 
 
 def acts(style: Style) -> bool:
@@ -184,17 +174,3 @@ def cut_dimension(owner: nn.Module, leaf: str, ndim: int, style: Style) -> int |
     if has_inputs_first(owner):
         columns = not columns
     return ndim - 2 if columns else ndim - 1
-
-
-def plain_ranges(name: str, length: int, style: Style, ranks: int) -> tuple[Ranges, ...]:
-    """Ranges of a dimension that belongs to no group: dealt by its indices, packed ones in two halves.
-
-    Raises: PlanError if there are fewer indices than ranks.
-    """
-    halves = 2 if style.cut in (Cut.PACKED_COLUMNS, Cut.PACKED_ROWS) else 1
-    size = length // halves
-    if size < ranks:
-        raise PlanError(f"{name} has {size} features to cut, which cannot be dealt to {ranks} ranks")
-    return tuple(
-        tuple((half * size + start, half * size + stop) for half in range(halves)) for start, stop in deal(size, ranks)
-    )

@@ -8,6 +8,7 @@ from shardwright.plans.check.findings import Finding, Severity
 from shardwright.plans.check.subject import Subject
 from shardwright.plans.groups import UnitGroup, UnitKind, ranges_of
 from shardwright.plans.quantities import size
+from shardwright.plans.quantization import described
 
 
 def check_deal(subject: Subject) -> Iterator[Finding]:
@@ -26,16 +27,23 @@ def check_deal(subject: Subject) -> Iterator[Finding]:
                 f"--tp {group.units}",
                 f"too few {where}",
             )
+        elif group.most_ranks(subject.quantum(group)) < subject.tp:
+            assert subject.quantization is not None, "else units are dealt one by one"
+            message = described(group, subject.quantization, subject.tp)
+            fix = "a smaller --quantization-group-size"
+            yield Finding(Severity.WARNING, where, message, fix, f"quantized {where}")
         elif group.kind is UnitKind.HEADS or group.kind is UnitKind.EXPERTS:
             yield from _dealt(subject, group, where)
 
 
 def _dealt(subject: Subject, group: UnitGroup, where: str) -> Iterator[Finding]:
-    pieces = group.pieces(subject.tp)
+    quantum = subject.quantum(group)
+    pieces = group.pieces(subject.tp, quantum)
     counts = [stop - start for start, stop in pieces]
-    coarse = min((m.units for m in group.members if m.units > 1 and m.span is None), default=group.units)
+    coarse = group.coarse
     if len(set(counts)) > 1:
         shared = f" ({coarse} of keys and values)" if coarse < group.units else ""
+        shared += f", {quantum} of which fill a quantized group," if quantum > 1 else ""
         yield Finding(
             Severity.NOTE,
             where,
