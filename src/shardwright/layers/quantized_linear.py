@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import UnsupportedModelError
-from shardwright.kernels.quantized_linear import quantized_linear_reference
+from shardwright.kernels.quantized_linear import quantized_linear
 from shardwright.kernels.quantized_weight import QuantizedWeight, dequantize, quantize
 from shardwright.layers.parallel import combined
 from shardwright.layers.upcast_linear import has_fast_half_products
@@ -59,7 +59,7 @@ class Quantized(nn.Module):
         rows = input.reshape(-1, self.num_inputs)
         is_wide = input.dtype is torch.float32 or (input.device.type == "cpu" and not has_fast_half_products())
         compute_dtype = torch.float32 if is_wide else input.dtype
-        output = quantized_linear_reference(rows, self.quantized_weight, self.bias, compute_dtype=compute_dtype)
+        output = quantized_linear(rows, self.quantized_weight, self.bias, compute_dtype=compute_dtype)
         return output.view(*input.shape[:-1], len(self.codes))
 
 
