@@ -73,6 +73,17 @@ def test_the_module_holds_codes_and_no_matrix(format: WeightFormat) -> None:
     assert weight_bytes(module) == format.num_bytes(20, 48) + format.num_bytes(7, 20) + 7 * 4
 
 
+def test_types_stay_when_the_module_is_moved_or_cast() -> None:
+    module = nn.Sequential(nn.Linear(48, 20)).requires_grad_(False)
+    quantize_all(module, INT4)
+    linear: Any = module[0]
+    before = linear.quantized_weight
+    assert module.to("cpu", torch.float16) is module
+    assert linear.bias.dtype is torch.float16
+    assert [part.dtype for part in linear.quantized_weight[:3]] == [part.dtype for part in before[:3]]
+    assert module.to("meta")[0].quantized_weight.scales.is_meta
+
+
 def test_code_that_reads_a_weight_gets_the_matrix() -> None:
     linear: Any = nn.Linear(40, 8).bfloat16().requires_grad_(False)
     before = linear.weight

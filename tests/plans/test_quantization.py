@@ -19,10 +19,12 @@ from shardwright.layers.quantized_linear import Quantized, quantize_linears
 from shardwright.loading.load import weight_bytes
 from shardwright.plans.check import Severity, Subject, check
 from shardwright.plans.choose import choose_plan
+from shardwright.plans.deal import Deal, Part
 from shardwright.plans.groups import Member, UnitGroup, UnitKind, deal_grouped, most_ranks, ranges_of
 from shardwright.plans.quantization import Quantization, quantization_of
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
+from shardwright.plans.styles import COLUMN, ROW, ROW_SPLIT, Style
 from shardwright.plans.table import ShardTable
 from shardwright.plans.threads import run_ranks
 from shardwright.plans.units import unit_groups
@@ -86,6 +88,48 @@ def test_parts_that_begin_within_groups_are_not_dealt() -> None:
     assert Quantization(WeightFormat(8, 32), {"down.weight": (1, 80)}).quantum(group) == 40
     assert Quantization(WeightFormat(8, 8), {"down.weight": (1, 80)}).quantum(group) == 8
     assert Quantization(WeightFormat(8, 32), {}).quantum(group) == 1
+
+
+def mlp(name: str, features: int) -> UnitGroup:
+    whole = ((0, features),)
+    members = (Member(f"{name}.up.weight", 0, whole, features), Member(f"{name}.down.weight", 1, whole, features))
+    return UnitGroup(UnitKind.FEATURES, features, members, "traced")
+
+
+@pytest.mark.parametrize(
+    ("adders", "expected"), [(set(), {"moe.a.up", "moe.a.down"}), ({"moe"}, {"moe"}), ({"moe.a", "else"}, {"moe.a"})]
+)
+def test_what_is_added_up_is_held_whole_together(adders: set[str], expected: set[str]) -> None:
+    """An expert of 32 features is one quantized group; the other could be dealt, and must not be in the same sum."""
+    sizes = {"moe.a": 32, "moe.b": 64}
+    inputs = {f"{name}.down.weight": (1, size) for name, size in sizes.items()}
+    deal = Deal([mlp(*item) for item in sizes.items()], 2, Quantization(WeightFormat(8, 32), inputs))
+    parts = {name: deal.part([f"{name}.down.weight"], 1, size, ROW) for name, size in sizes.items()}
+    assert parts == {"moe.a": None, "moe.b": Part(1, (((0, 32),), ((32, 64),)))}
+    assert deal.held_whole(adders) == expected
+
+
+def test_groups_that_share_a_module_with_one_that_is_held_whole_are_too() -> None:
+    """One output projection for the heads and the features of a layer: [heads | features]."""
+    heads = UnitGroup(UnitKind.HEADS, 2, (Member("o.weight", 1, ((0, 32),), 2),), "traced")
+    members = (Member("up.weight", 0, ((0, 64),), 64), Member("o.weight", 1, ((32, 96),), 64))
+    features = UnitGroup(UnitKind.FEATURES, 64, members, "traced")
+    deal = Deal([heads, features], 2, Quantization(WeightFormat(8, 32), {"o.weight": (1, 96)}))
+    assert deal.part(["up.weight"], 0, 64, COLUMN) is not None
+    assert deal.part(["o.weight"], 1, 96, ROW) is None
+    assert deal.held_whole(()) == {"o", "up"}
+
+
+@pytest.mark.parametrize("style", [ROW_SPLIT, ROW])
+def test_features_of_no_group_are_dealt_by_quantized_groups(style: Style) -> None:
+    quantization = Quantization(WeightFormat(4, 32), {"out.weight": (1, 100), "short.weight": (1, 40)})
+    deal = Deal([], 3, quantization)
+    part = deal.part(["out.weight"], 1, 100, style)
+    assert part is not None
+    assert part.ranges == (((0, 64),), ((64, 96),), ((96, 100),))
+    assert deal.part(["in.weight"], 0, 100, COLUMN) == part  # a column that goes into it
+    assert deal.part(["short.weight"], 1, 40, style) is None
+    assert deal.held_whole(()) == {"short"}
 
 
 def make_model(model_type: str, **fields: Any) -> nn.Module:

@@ -35,7 +35,17 @@ class QuantizedWeight(NamedTuple):
     @property
     def outputs(self) -> int:
         """Output features."""
-        return len(self.codes)
+        return self.codes.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of it."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.minimums is None else self.minimums.nbytes)
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same elsewhere."""
+        minimums = None if self.minimums is None else self.minimums.to(device)
+        return self._replace(codes=self.codes.to(device), scales=self.scales.to(device), minimums=minimums)
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ of nn.Linear, whose forward may do something else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +29,11 @@ from shardwright.weight_format import WeightFormat
 class Quantized(nn.Module):
     """In front of a linear: its product, with a weight of codes and scales."""
 
-    codes: Tensor
-    scales: Tensor
-    minimums: Tensor | None
-    """As in QuantizedWeight."""
+    quantized_weight: QuantizedWeight
+    """What stands for the weight."""
     bias: Any
-    num_inputs: int
-    group_size: int
     weight_dtype: torch.dtype
     """As it was loaded."""
-
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """What stands for the weight."""
-        return QuantizedWeight(self.codes, self.scales, self.minimums, self.num_inputs, self.group_size)
 
     @property
     def weight(self) -> Tensor:
@@ -52,15 +43,22 @@ class Quantized(nn.Module):
     @property
     def quantized_bytes(self) -> int:
         """Of codes, scales and minimums."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.minimums) if part is not None)
+        return self.quantized_weight.num_bytes
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs], dtype of the input."""
-        rows = input.reshape(-1, self.num_inputs)
+        weight = self.quantized_weight
         is_wide = input.dtype is torch.float32 or (input.device.type == "cpu" and not has_fast_half_products())
         compute_dtype = torch.float32 if is_wide else input.dtype
-        output = quantized_linear(rows, self.quantized_weight, self.bias, compute_dtype=compute_dtype)
-        return output.view(*input.shape[:-1], len(self.codes))
+        rows = input.reshape(-1, weight.inputs)
+        output = quantized_linear(rows, weight, self.bias, compute_dtype=compute_dtype)
+        return output.view(*input.shape[:-1], weight.outputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device with the module; types stay as kernels know them."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.quantized_weight = self.quantized_weight.to(fn(self.quantized_weight.codes).device)
+        return self
 
 
 class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[override]  # the weight can only be read
@@ -126,9 +124,7 @@ def _quantize(held: Any, format: WeightFormat) -> None:
     weight = held._parameters.pop("weight").detach()
     made = quantize(weight if own is nn.Linear else weight.T, format)
     held.__class__ = _quantized_class(type(held), own)
-    held.num_inputs, held.group_size, held.weight_dtype = made.inputs, made.group_size, weight.dtype
-    for name in ("codes", "scales", "minimums"):
-        held.register_buffer(name, getattr(made, name), persistent=False)
+    held.quantized_weight, held.weight_dtype = made, weight.dtype
 
 
 def _quantized_class(kind: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:

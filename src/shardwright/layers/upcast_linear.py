@@ -10,6 +10,7 @@ Results are those of float32 accumulation, rounded once.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class UpcastLinear(nn.Linear):
         return output
 
 
+@cache
 def has_fast_half_products() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
