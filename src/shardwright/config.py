@@ -90,6 +90,9 @@ class ModelConfig:
         None, "Most tokens of prompt and output together; default: what the model's config allows."
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto: a GPU if there is one.")
+    enforce_eager: bool = option(
+        False, "Run the model's own code in every step, instead of recording decode steps and repeating them natively."
+    )
     seed: int = option(0, "Seed of sampling for requests that give none.")
     task: Task = option("auto", "What the model is for: generating, embedding or classifying texts; auto: its config.")
 

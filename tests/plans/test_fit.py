@@ -341,3 +341,45 @@ def test_weights_on_meta_are_enough() -> None:
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.to("meta")))
     assert fit(model, table_of(model, 2)) == expected
+
+
+class SecondExpert(nn.Module):
+    """Experts of which no token chooses the first, and nobody the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH)) for _ in range(2)
+        )
+        self.idle = nn.Sequential(nn.Linear(WIDTH, 96), nn.GELU(), nn.Linear(96, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[1](x)
+
+
+def test_what_a_few_tokens_do_not_choose_is_as_what_they_do() -> None:
+    model = Model(SecondExpert(), SecondExpert())
+    words = {
+        f"layers.*.attention.{name}.{n}": w
+        for name in ("experts.*", "idle")
+        for n, w in enumerate(("colwise", "", "rowwise"))
+        if w
+    }
+    plan = ParallelPlan(tp=words)
+    sizes = {"experts.0": 64, "experts.1": 64, "idle": 96}
+    groups = [
+        UnitGroup(
+            UnitKind.FEATURES,
+            8,
+            tuple(
+                Member(f"layers.{layer}.attention.{name}.{leaf}", dim, ((0, size),), 8)
+                for leaf, dim in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1))
+            ),
+            "traced",
+        )
+        for layer in range(2)
+        for name, size in sizes.items()
+    ]
+    found = fit(model, resolve(model, plan, groups, tp=2))
+    assert [misfit.modules for misfit in found.misfits] == [("layers.0.attention.idle", "layers.1.attention.idle")]
+    assert found.misfits[0].reason == "nothing calls it"

@@ -7,11 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.plans.flow.atoms import Atoms
+from shardwright.plans.flow.atoms import Atoms, distinct
 from shardwright.plans.flow.memory import dimension_indices
 from shardwright.plans.flow.record import Ref
 
 PAIRS = st.lists(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12), max_size=5)
+
+
+@given(st.lists(st.integers(-5, 20)))
+def test_distinct_numbers_are_sorted_and_once(numbers: list[int]) -> None:
+    for shape in ((-1,), (1, -1)):
+        assert distinct(np.array(numbers, dtype=np.int64).reshape(shape)).tolist() == sorted(set(numbers))
 
 
 @given(PAIRS)

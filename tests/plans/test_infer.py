@@ -43,6 +43,34 @@ class Attention(nn.Module):
         return self.out(made.transpose(1, 2).flatten(2))
 
 
+class Beside(nn.Module):
+    """Six query heads, beside two of keys and values in one projection: all keys, then all values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.keys, self.width = 6, 2, 8
+        self.q, self.kv = nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 32)
+        self.out = nn.Linear(48, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q = self.q(x).view(b, t, self.keys, self.heads // self.keys, self.width).permute(0, 2, 3, 1, 4)
+        k, v = self.kv(x).view(b, t, 2, self.keys, 1, self.width).permute(2, 0, 3, 4, 1, 5)
+        made = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.out(made.permute(0, 3, 1, 2, 4).reshape(b, t, c))
+
+
+class Tiled(Beside):
+    """The keys are repeated as a whole: of six query heads, the first, third and fifth use one of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q = self.q(x).view(b, t, self.heads, self.width).transpose(1, 2)
+        k, v = self.kv(x).view(b, t, 2, self.keys, self.width).permute(2, 0, 3, 1, 4)
+        k, v = (part.repeat(1, self.heads // self.keys, 1, 1) for part in (k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c))
+
+
 class Wide(nn.Module):
     """An MLP whose features are normalised before they are summed."""
 
@@ -155,6 +183,28 @@ def test_fused_projection_is_cut_by_heads() -> None:
     assert row.ranges[:2] == (((0, 16), (48, 56), (64, 72)), ((16, 24), (48, 56), (64, 72)))
     assert table.by_name["layer_0.parts.attention.out.weight"].pieces(4) == [16, 8, 16, 8]
     assert table.by_name["layer_0.parts.attention.out.bias"].once
+
+
+def test_keys_and_values_beside_queries_are_cut_by_heads() -> None:
+    module = on_meta(Beside)
+    plan = infer_plan(module)
+    assert of_layer(plan) == {"beside.q": "colwise", "beside.kv": "packed_colwise", "beside.out": "rowwise"}
+    groups = unit_groups(module, plan)
+    (shared,) = members(groups, "layer_1.parts.beside.kv.weight")
+    assert (shared.segments, shared.units) == (((0, 16), (16, 32)), 2)
+    rows = resolve(module, plan, groups, tp=2).by_name
+    assert rows["layer_0.parts.beside.q.weight"].ranges == (((0, 24),), ((24, 48),))
+    assert rows["layer_0.parts.beside.kv.bias"].ranges == (((0, 8), (16, 24)), ((8, 16), (24, 32)))
+
+
+def test_query_heads_go_with_the_key_that_they_use_wherever_they_are() -> None:
+    module = on_meta(Tiled)
+    plan = infer_plan(module)
+    assert of_layer(plan) == {"tiled.q": "packed_colwise", "tiled.kv": "packed_colwise", "tiled.out": "rowwise"}
+    rows = resolve(module, plan, unit_groups(module, plan), tp=2).by_name
+    even, odd = ((0, 8), (16, 24), (32, 40)), ((8, 16), (24, 32), (40, 48))
+    assert rows["layer_0.parts.tiled.q.weight"].ranges == rows["layer_0.parts.tiled.out.weight"].ranges == (even, odd)
+    assert rows["layer_0.parts.tiled.kv.weight"].ranges == (((0, 8), (16, 24)), ((8, 16), (24, 32)))
 
 
 def test_what_is_normalised_is_put_together() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plans.staged import make_stages, run_stages, table_of, whole
+from tests.plans.staged import MemoryLink, make_stages, run_stages, table_of, whole
 from tests.zoo.builder import draw, make_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from shardwright.errors import PlanError
 from shardwright.plans.dataflow import trace_dataflow
@@ -206,7 +207,56 @@ def test_an_early_stage_says_that_it_handed_over() -> None:
     for kind, last_alone in ((Model, False), (LastAlone, True)):
         module = kind().eval()
         (first, _), _ = make_stages(module, table_of(module, 2))
-        assert first(TOKENS) == HandedOver(gives_last_alone=last_alone)
+        handed = first(TOKENS)
+        assert isinstance(handed, HandedOver)
+        assert handed.gives_last_alone is last_alone
+        assert [(name, value.shape) for name, value in handed.given.items()] == [("x", (*TOKENS.shape, WIDTH))]
+
+
+class Watched(Tensor):
+    """Does everything twice."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Watching(TorchFunctionMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func)
+        return func(*args, **kwargs or {})
+
+
+class PlainLink(MemoryLink):
+    """Refuses tensors that may watch what is done to them."""
+
+    def send(self, tensors: list[Tensor]) -> None:
+        assert all(type(tensor) is Tensor for tensor in tensors)
+        super().send(tensors)
+
+    def recv(self) -> list[Tensor]:
+        return [tensor.positive() for tensor in super().recv()]
+
+
+def test_who_watches_a_forward_pass_does_not_take_part_in_handing_over() -> None:
+    """What is sent twice is received as something else."""
+    model = Model().eval()
+    stages = make_stages(model, table_of(model, 2), links=[PlainLink()])
+    first = stages[0][0].get_submodule(find_stack(model).layers[0])  # type: ignore[union-attr]
+    forward = first.forward
+    first.forward = lambda *args, **kwargs: forward(*args, **kwargs).as_subclass(Watched)
+    tokens = torch.arange(5)[None]
+    with Watching() as watching:
+        output = run_stages(stages, tokens)
+    assert not watching.seen & {Tensor.clone, Tensor.positive}
+    assert torch.equal(output, whole(model, tokens))
 
 
 class Skips(Model):

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from tests.plans.proof_models import FUSED_PLAN, VOCAB, FusedModel, with_entries
 from torch import Tensor, nn
 
 from shardwright.errors import PlanError
+from shardwright.plans.pipeline import plan_pipeline
 from shardwright.plans.plan import ParallelPlan, plan_of
 from shardwright.plans.prove import prove_plan
+from shardwright.plans.table import ShardTable
 
 WITH_PLANS = (
     "apertus", "arcee", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm",
@@ -47,6 +50,26 @@ def test_a_plain_module_with_fused_projections_holds(tp: int, pp: int) -> None:
     report = prove_plan(FusedModel(), FUSED_PLAN, tp=tp, pp=pp)
     assert report.ok, report.first_divergence
     assert report.modules_compared >= 20
+
+
+def test_a_split_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(PlanError, match="pp split 2,1 does not deal 4 layers to 2 stages"):
+        prove_plan(zoo_model("gemma2"), pp=2, pp_split=(2, 1))
+    with pytest.raises(PlanError, match="pp split 1,1,2 names 3 stages, and pp is 2"):
+        prove_plan(zoo_model("gemma2"), pp=2, pp_split=(1, 1, 2))
+
+
+@pytest.mark.parametrize("split", [(1, 3), (3, 1)])
+def test_stages_have_the_layers_of_a_split(split: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def noting(module: nn.Module, table: ShardTable, **options: Any) -> Any:
+        seen.append(tuple(len(stage.layers) for stage in table.stages))
+        return plan_pipeline(module, table, **options)
+
+    monkeypatch.setattr("shardwright.plans.prove.trial.plan_pipeline", noting)
+    assert prove_plan(zoo_model("gemma2"), pp=2, pp_split=split)
+    assert seen == [split]
 
 
 def test_the_model_is_left_alone() -> None:

@@ -102,6 +102,7 @@ def test_there_are_layers_for_every_stage_and_every_numbered_entry() -> None:
 
     assert count(tp=1, pp=5) == 5
     assert count(tp=2, pp=1, names=("model.layers.6.mlp.up_proj",)) == 7
+    assert count(tp=2, pp=2, keep_layers=True) == 80
 
 
 def test_small_models_stay_as_they_are() -> None:

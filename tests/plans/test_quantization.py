@@ -19,14 +19,15 @@ from shardwright.layers.quantized_linear import Quantized, quantize_linears
 from shardwright.loading.load import weight_bytes
 from shardwright.plans.check import Severity, Subject, check
 from shardwright.plans.choose import choose_plan
-from shardwright.plans.deal import Deal, Part
+from shardwright.plans.deal import Deal
 from shardwright.plans.groups import Member, UnitGroup, UnitKind, deal_grouped, most_ranks, ranges_of
 from shardwright.plans.quantization import Quantization, quantization_of
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
-from shardwright.plans.styles import COLUMN, ROW, ROW_SPLIT, Style
+from shardwright.plans.styles import COLUMN, ROW, ROW_SPLIT, SUM, Style
 from shardwright.plans.table import ShardTable
 from shardwright.plans.threads import run_ranks
+from shardwright.plans.undealt import hold_whole
 from shardwright.plans.units import unit_groups
 from shardwright.weight_format import WeightFormat
 
@@ -96,28 +97,21 @@ def mlp(name: str, features: int) -> UnitGroup:
     return UnitGroup(UnitKind.FEATURES, features, members, "traced")
 
 
-@pytest.mark.parametrize(
-    ("adders", "expected"), [(set(), {"moe.a.up", "moe.a.down"}), ({"moe"}, {"moe"}), ({"moe.a", "else"}, {"moe.a"})]
-)
-def test_what_is_added_up_is_held_whole_together(adders: set[str], expected: set[str]) -> None:
+def test_what_is_added_up_is_held_whole_together() -> None:
     """An expert of 32 features is one quantized group; the other could be dealt, and must not be in the same sum."""
     sizes = {"moe.a": 32, "moe.b": 64}
-    inputs = {f"{name}.down.weight": (1, size) for name, size in sizes.items()}
-    deal = Deal([mlp(*item) for item in sizes.items()], 2, Quantization(WeightFormat(8, 32), inputs))
-    parts = {name: deal.part([f"{name}.down.weight"], 1, size, ROW) for name, size in sizes.items()}
-    assert parts == {"moe.a": None, "moe.b": Part(1, (((0, 32),), ((32, 64),)))}
-    assert deal.held_whole(adders) == expected
+    quantization = Quantization(WeightFormat(8, 32), {f"{name}.down.weight": (1, size) for name, size in sizes.items()})
+    groups = [mlp(*item) for item in sizes.items()]
+    experts = {name[-1]: nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for name in sizes}
+    module = nn.ModuleDict({"moe": nn.ModuleDict(experts)})
 
+    def held(**styles: Style) -> list[tuple[str, ...]]:
+        found = hold_whole(module, groups, styles, lambda member: True, ranks=2, quantization=quantization)
+        assert [undealt.group_size for undealt in found] == [32]
+        return [undealt.modules for undealt in found]
 
-def test_groups_that_share_a_module_with_one_that_is_held_whole_are_too() -> None:
-    """One output projection for the heads and the features of a layer: [heads | features]."""
-    heads = UnitGroup(UnitKind.HEADS, 2, (Member("o.weight", 1, ((0, 32),), 2),), "traced")
-    members = (Member("up.weight", 0, ((0, 64),), 64), Member("o.weight", 1, ((32, 96),), 64))
-    features = UnitGroup(UnitKind.FEATURES, 64, members, "traced")
-    deal = Deal([heads, features], 2, Quantization(WeightFormat(8, 32), {"o.weight": (1, 96)}))
-    assert deal.part(["up.weight"], 0, 64, COLUMN) is not None
-    assert deal.part(["o.weight"], 1, 96, ROW) is None
-    assert deal.held_whole(()) == {"o", "up"}
+    assert held() == [("moe.a.up", "moe.a.down")]
+    assert held(moe=SUM) == [("moe",)]
 
 
 @pytest.mark.parametrize("style", [ROW_SPLIT, ROW])
@@ -129,7 +123,7 @@ def test_features_of_no_group_are_dealt_by_quantized_groups(style: Style) -> Non
     assert part.ranges == (((0, 64),), ((64, 96),), ((96, 100),))
     assert deal.part(["in.weight"], 0, 100, COLUMN) == part  # a column that goes into it
     assert deal.part(["short.weight"], 1, 40, style) is None
-    assert deal.held_whole(()) == {"short"}
+    assert deal.unplaced == {"short"}
 
 
 def make_model(model_type: str, **fields: Any) -> nn.Module:
@@ -202,10 +196,9 @@ def test_what_cannot_be_dealt_by_groups_is_held_whole() -> None:
     subject = Subject(module=model, plan=plan, tp=3, pp=1, pp_split=None, groups=groups, quantization=quantization)
     found = check(subject)
     assert found.ok
-    assert [f.message for f in found.of(Severity.WARNING)] == [
-        "its features lie in quantized groups of 32 input features: they can be dealt to 2 ranks, not to 3, so every "
-        "rank holds all of them"
-    ]
+    [warning] = found.of(Severity.WARNING)
+    assert "features that lie in quantized groups of 32 cannot be dealt to 3 ranks" in warning.message
+    assert warning.fix == "a smaller --quantization-group-size"
 
 
 def test_stages_are_balanced_by_quantized_bytes() -> None:

@@ -10,6 +10,8 @@ from tests.plans.staged import make_stages, table_of
 from tests.zoo.builder import draw, make_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shardwright.config import ParallelConfig
 from shardwright.plans.pipeline import PipelineStage
@@ -59,6 +61,57 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x[:, -1:] if self.last_alone else x)  # type: ignore[no-any-return]
+
+
+class MixedHeads(Block):
+    """Weights that heads mix among each other: no attention that we compute."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index, self.mix = index, nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x: Tensor, bias: Tensor, past: Cache | None) -> Tensor:  # type: ignore[override]
+        assert self.qkv is not None
+        q, k, v = (y.view(1, -1, 2, WIDTH // 2).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        if past is not None:
+            k, v = past.update(k, v, self.index)
+        weights = torch.einsum("bhqk,hg->bgqk", (q @ k.mT / 4 + bias).softmax(-1), self.mix)
+        return (x + self.out((weights @ v).transpose(1, 2).flatten(2))).tanh()
+
+
+class CachedModel(PreTrainedModel, GenerationMixin):
+    """Asks the first layer's part of its cache for positions, and a later one's for its mask."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(MixedHeads(index) for index in range(config.num_hidden_layers))
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_tokens = input_ids.shape[1]
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_keys = past_key_values.get_mask_sizes(num_tokens, 2)[0] if past_key_values is not None else num_tokens
+        keys, queries = torch.arange(num_keys), torch.arange(start, start + num_tokens)
+        bias = (0.1 * keys).masked_fill(keys > queries[:, None], float("-inf"))
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, bias, past_key_values)
+        return CausalLMOutputWithPast(logits=self.head(x), past_key_values=past_key_values)
+
+
+def cached_model() -> nn.Module:
+    return CachedModel(PretrainedConfig(num_hidden_layers=3))
 
 
 def config_model(model_type: str, **fields: object) -> Callable[[], nn.Module]:
@@ -123,11 +176,24 @@ def _climb(part: nn.Module, stage: PipelineStage, denied: set[int], answers: lis
         (config_model("mistral", num_hidden_layers=3), "interface", [2, 1]),
         (config_model("mamba"), "state", [0, 0]),
         (config_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "state", [0, 1]),
+        (config_model("recurrent_gemma", num_hidden_layers=3, attention_window_size=16, lru_width=64), "state", [0, 1]),
         (lambda: Model([Block() for _ in range(3)]), "sdpa", [2, 1]),
         (lambda: Model([Raw() for _ in range(2)]), "dataflow", [1, 1]),
         (lambda: Model([Block() for _ in range(2)], last_alone=True), "sdpa", [1, 1]),
+        (cached_model, "per-request", [0, 0]),
     ],
-    ids=["llama", "gpt2", "sliding", "states", "states apart", "sdpa", "raw", "last token alone"],
+    ids=[
+        "llama",
+        "gpt2",
+        "sliding",
+        "states",
+        "states apart",
+        "states on modules",
+        "sdpa",
+        "raw",
+        "last token alone",
+        "cache of its own",
+    ],
 )
 def test_stages_stand_on_the_rung_of_the_whole_model(
     make: Callable[[], nn.Module], rung: str, num_layers: list[int]

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
+from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import announce, only_results_on_stdout, print_json, stdout
 from shardwright.config import EngineConfig
@@ -69,12 +70,13 @@ def inspect(
 
 def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]:
     """What `inspect --json` says, its tree, and its plan. Raises a UsageError if the model cannot be built."""
-    from shardwright.models.task import resolve_task
-    from shardwright.plans.choose import choose_plan
-    from shardwright.plans.structure import structure_tree
-    from shardwright.pooling.build import build_reader
-    from shardwright.pooling.lengths import longest_text
-    from shardwright.worker.blueprint import Blueprint
+    with heavy_imports():
+        from shardwright.models.task import resolve_task
+        from shardwright.plans.choose import choose_plan
+        from shardwright.plans.structure import structure_tree
+        from shardwright.pooling.build import build_reader
+        from shardwright.pooling.lengths import longest_text
+        from shardwright.worker.blueprint import Blueprint
 
     blueprint = Blueprint.of(config.model)
     module: nn.Module

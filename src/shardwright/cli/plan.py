@@ -10,9 +10,10 @@ import typer
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
+from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import only_results_on_stdout, print_json, print_text, remark, stderr, stdout
-from shardwright.config import EngineConfig, ModelConfig, ParallelConfig
+from shardwright.config import EngineConfig, ParallelConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from shardwright.plans.plan import ParallelPlan
     from shardwright.plans.prove.report import ProofReport
     from shardwright.plans.report import PlanReport
-    from shardwright.worker.blueprint import Blueprint
 
 BUILDING = ("revision", "trust_remote_code", "tp_plan", "pp_plan", "enable_expert_parallel")
 FLAGS = (*BUILDING, "dtype", "pp_split", "quantization", "quantization_group_size")
@@ -89,10 +89,7 @@ def infer(
     """Make a plan from the model's code, whether or not it carries one."""
     report, module = look(model, engine, tp=tp, pp=pp, anew=True)
     if write is not None:
-        from shardwright.plans.report.write import write_plan
-
-        write_plan(report.plan, write, module)
-        remark(f"wrote the plan to {write}")
+        write_for_all(report, module, write)
     give(report, html=html, json=json, tables=True)
 
 
@@ -114,7 +111,7 @@ def check(
 
 
 @app.command("prove", cls=Command, epilog=EXAMPLES)
-@with_flags(engine=engine_flags(only=BUILDING))
+@with_flags(engine=engine_flags(only=(*BUILDING, "pp_split")))
 @only_results_on_stdout()
 def prove(
     model: Model,
@@ -128,21 +125,49 @@ def prove(
     engine: dict[str, Any],
 ) -> None:
     """Run all ranks in this process, and compare every module with the model that is not cut."""
-    from shardwright.plans.prove import prove_plan
-
+    split = engine.pop("pp_split", None)
     config = EngineConfig.from_options(model, **engine, dtype="float32")
     with stderr().status(f"looking into {model}") as status:
-        blueprint = blueprint_of(config.model)
+        with heavy_imports():
+            from shardwright.plans.prove import prove_plan
+            from shardwright.worker.blueprint import Blueprint
+        blueprint = Blueprint.of(config.model)
         module = blueprint.load() if weights else blueprint.build(blueprint.dtype)
-        stages = num_stages(module, pp, None)
+        stages = num_stages(module, pp, split)
+        parallel = ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=stages, pp_split=split)
         chosen = plan_for(module, config, tp=tp, pp=stages)
-        proof = prove_plan(module, chosen, tp=tp, pp=stages, weights=weights, progress=status.update)
+        proof = prove_plan(
+            module,
+            chosen,
+            tp=tp,
+            pp=stages,
+            pp_split=parallel.layers_per_stage,
+            weights=weights,
+            progress=status.update,
+        )
     if json:
         print_json(proof.as_json())
     else:
         show_proof(proof, model)
     if not proof.ok:
         raise typer.Exit(1)
+
+
+def write_for_all(report: PlanReport, module: nn.Module, path: Path) -> None:
+    """Write an inferred plan as other engines can carry it out too, and say where that is less than ours."""
+    from shardwright.plans.portable import portable
+    from shardwright.plans.report.write import write_plan
+    from shardwright.plans.units import unit_groups
+
+    groups = report.table.groups if report.table is not None else unit_groups(module, report.plan)
+    plan = portable(report.plan, module, groups)
+    write_plan(plan, path, module)
+    remark(f"wrote the plan to {path}")
+    if other := [pattern for pattern, style in report.plan.styles.items() if plan.styles.get(pattern) != style]:
+        remark(
+            f"{len(other)} of its entries cut less than is shown, for Transformers and vLLM cannot cut there "
+            f"({other[0]}{', ...' if other[1:] else ''}); without a file, shardwright does"
+        )
 
 
 def look(
@@ -159,13 +184,14 @@ def look(
 
     Raises: a UsageError if the model cannot be built, or a plan not be read.
     """
-    from shardwright.plans.quantization import quantization_of
-    from shardwright.plans.report import make_report
-
     split = engine.pop("pp_split", None)
     config = EngineConfig.from_options(model, **engine)
     with stderr().status(f"looking into {model}") as status:
-        blueprint = blueprint_of(config.model)
+        with heavy_imports():
+            from shardwright.plans.quantization import quantization_of
+            from shardwright.plans.report import make_report
+            from shardwright.worker.blueprint import Blueprint
+        blueprint = Blueprint.of(config.model)
         module = blueprint.build(blueprint.dtype)
         stages = num_stages(module, pp, split)
         parallel = ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=stages, pp_split=split)
@@ -190,13 +216,6 @@ def num_stages(module: nn.Module, pp: int | None, split: str | None) -> int:
     if pp is not None:
         return pp
     return split.count(",") + 1 if split is not None else default_stages(module)
-
-
-def blueprint_of(model: ModelConfig) -> Blueprint:
-    """The model that the options name. Raises a UsageError if there is none."""
-    from shardwright.worker.blueprint import Blueprint
-
-    return Blueprint.of(model)
 
 
 def plan_for(module: nn.Module, config: EngineConfig, *, tp: int, pp: int, anew: bool = False) -> ParallelPlan:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
+from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, sampling_flags, with_flags
 from shardwright.cli.output import (
     announce,
@@ -74,7 +75,8 @@ def run(
     if system is not None:
         check_text(system, "--system")
     announce(f"loading {model}")
-    from shardwright.llm import LLM
+    with heavy_imports():
+        from shardwright.llm import LLM
 
     with LLM(model, **engine) as llm:
         ready_s = process_age_s()

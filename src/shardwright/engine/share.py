@@ -24,11 +24,13 @@ def environment_of_replica(config: EngineConfig, index: int) -> dict[str, str]:
     parallel = config.parallel
     if parallel.data_parallel_size == 1:
         return {}
+    on_ray = parallel.distributed_executor_backend == "ray"
     environment = {}
-    if parallel.num_ranks == 1 and "OMP_NUM_THREADS" not in os.environ:  # the ranks of more see to it themselves
+    is_rank = parallel.num_ranks == 1 and not on_ray  # ranks in processes of their own see to their cores themselves
+    if is_rank and "OMP_NUM_THREADS" not in os.environ:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment["OMP_NUM_THREADS"] = str(max(1, num_cores // parallel.data_parallel_size))
-    if config.model.device != "cpu" and parallel.distributed_executor_backend != "ray":
+    if config.model.device != "cpu" and not on_ray:
         environment |= _gpus(config, index)
     return environment
 

@@ -23,6 +23,10 @@ HEADER_LENGTH = 512
 ALIGNMENT = 16
 """Of the bytes of each tensor."""
 
+MOST_UNDER_WAY = 8
+"""Halves of messages that may be on their way before a sender waits for the oldest. Gloo says that a send is over only
+to those who wait for it, and what is sent takes memory until then."""
+
 
 class RankLink:
     """Implements plans.links.StageLink, as one end of it: a rank sends or receives.
@@ -39,10 +43,16 @@ class RankLink:
         self._device = device
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
 
+    @property
+    def num_under_way(self) -> int:
+        """Halves of messages that may not have been received yet, and are kept."""
+        return len(self._under_way)
+
     def send(self, tensors: list[Tensor]) -> None:
-        """Give tensors away. It does not wait for the receiver."""
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
+        """Give tensors away. It waits for no receiver that is less than a few messages behind.
+
+        Receivers take all messages that come, whatever becomes of them, so there is an end to the wait.
+        """
         self._start(described(tensors))
         if any(size_of(t) for t in tensors):
             self._start(torch.cat([padded(t) for t in tensors if size_of(t)]))
@@ -64,6 +74,8 @@ class RankLink:
         return tensors
 
     def _start(self, tensor: Tensor) -> None:
+        while len(self._under_way) >= MOST_UNDER_WAY:
+            self._under_way.popleft()[0].wait()
         work = dist.isend(tensor, self._peer)
         assert work is not None
         self._under_way.append((work, tensor))

@@ -142,7 +142,7 @@ class Ranks(ABC):
         deadline = time.monotonic() + (LAST_WORDS_S if self._is_serving else LAST_WORDS_AT_START_S)
         error = None if self._is_serving else bad_input(troubles)
         while reason is None and error is None and len(troubles) < self._num_ranks and time.monotonic() < deadline:
-            troubles = self._receive(0.1) | troubles
+            troubles |= {rank: said for rank, said in self._receive(0.1).items() if rank not in troubles}
             error = None if self._is_serving else bad_input(troubles)
         if error is None:
             error = RanksLostError(reason or self._reason(troubles))

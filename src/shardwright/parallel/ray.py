@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -28,11 +29,14 @@ class RankActor:
 
     Args:
         index: number of the rank.
+        num_threads: that the user wants it to have; None: its share of the machine's cores.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, num_threads: str | None) -> None:
         os.dup2(2, 1)  # what ranks print is no result of the program's, whose output Ray would put it into
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray says 1
+        if num_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = num_threads
         self._index = index
         self._rank = Rank(index)
 
@@ -100,7 +104,7 @@ class RayRanks(Ranks):
             "max_restarts": 0,
             "scheduling_strategy": strategy,
         }
-        return self._ray.remote(RankActor).options(**options).remote(rank)
+        return self._ray.remote(RankActor).options(**options).remote(rank, os.environ.get("OMP_NUM_THREADS"))
 
     def _deliver(self, command: Command) -> bool:
         message = _encode(command)
@@ -131,11 +135,20 @@ class RayRanks(Ranks):
 
 
 def placements_in(config: EngineConfig, slots: list[Slot], *, uses_gpus: bool) -> list[Placement]:
-    """Where the ranks of an engine stand in a cluster. Ray shows each of them the GPU that it may use, and no other."""
+    """Where the ranks of an engine stand in a cluster. Ray shows each of them the GPU that it may use, and no other.
+
+    On CPUs the ranks of other replicas share the machine. Where Ray puts these is not known yet, so as many are counted
+    as there is room for: a rank with too few threads is slower, those with too many together stand in each other's way.
+    """
     parallel = config.parallel
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    addresses = [slot.address for slot in slots]
+    num_others = parallel.num_ranks * (parallel.data_parallel_size - 1)
+    here = Counter(slot.address for slot in slots)
+
+    def num_local(slot: Slot) -> int:
+        return here[slot.address] + max(0, min(num_others, slot.room - here[slot.address]))
+
     return [
-        Placement(rank=rank, tp=tp, pp=pp, gpu=0, num_local=1 if uses_gpus else addresses.count(address))
-        for rank, address in enumerate(addresses)
+        Placement(rank=rank, tp=tp, pp=pp, gpu=0, num_local=1 if uses_gpus else num_local(slot))
+        for rank, slot in enumerate(slots)
     ]

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Slot:
     """Of the placement group."""
     address: str
     """Of its machine."""
+    room: int
+    """Ranks that its machine may hold, of this replica and others."""
 
 
 class RayCluster:
@@ -63,15 +66,17 @@ class RayCluster:
         self._ray = ray = import_ray()
         num_ranks = config.parallel.num_ranks
         self.is_ours = not ray.is_initialized()
+        address = config.parallel.ray_address or os.environ.get("RAY_ADDRESS")
         if self.is_ours:
-            self._connect(config.parallel.ray_address or os.environ.get("RAY_ADDRESS"), num_ranks)
+            self._connect(address, num_ranks)
         try:
             self.uses_gpus = self._uses_gpus(config.model.device, num_ranks)
             self.group = self._make_group(num_ranks)
         except BaseException:
             self._disconnect()
             raise
-        self.slots = self._slots()
+        own_room = num_ranks * config.parallel.data_parallel_size if self.is_ours and address is None else None
+        self.slots = self._slots(own_room)
 
     def close(self) -> None:
         """Give the places back, and end a Ray that was started here."""
@@ -130,13 +135,22 @@ class RayCluster:
             ) from exc
         return group
 
-    def _slots(self) -> list[Slot]:
-        """By rank. Ranks of one machine are neighbours, so that those of a pipeline stage are together if they can."""
+    def _slots(self, room: int | None) -> list[Slot]:
+        """By rank. Ranks of one machine are neighbours, so that those of a pipeline stage are together if they can.
+
+        Args:
+            room: of this machine, if all ranks are here, those of replicas that have started a Ray of their own among
+                them; None: as many as Ray has CPUs to give.
+        """
         nodes: dict[int, str] = self._ray.util.placement_group_table(self.group)["bundles_to_node_id"]
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
+        addresses, num_cpus = {}, Counter[str]()
+        for node in self._ray.nodes():
+            addresses[node["NodeID"]] = address = node["NodeManagerAddress"]
+            num_cpus[address] += int(node["Resources"].get("CPU", 0)) if node["Alive"] else 0
         held = list(nodes.values())
         order = sorted(nodes, key=lambda bundle: (-held.count(nodes[bundle]), nodes[bundle], bundle))
-        return [Slot(bundle=bundle, address=addresses[nodes[bundle]]) for bundle in order]
+        places = [(bundle, addresses[nodes[bundle]]) for bundle in order]
+        return [Slot(bundle=bundle, address=at, room=room or num_cpus[at]) for bundle, at in places]
 
 
 def check_address(address: str) -> None:

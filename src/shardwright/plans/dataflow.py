@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwright.errors import PlanError
 from shardwright.foreign_errors import described
-from shardwright.plans.flow.record import compute
+from shardwright.plans.flow.record import compute, name_of, tensors_in
 from shardwright.plans.flow.skeleton import MOST_REAL_BYTES, copied
 from shardwright.plans.nested import Form, Path, rebuilt, tensors_with_paths
 
@@ -175,11 +174,11 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = compute(func, str(func).rpartition(".")[0], args, kwargs, read)
+        read = tensors_in((args, kwargs))
+        result = compute(func, name_of(func), args, kwargs, read)
         if self._paused:
             return result
-        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        written = tensors_in(result)
         parents = tuple(sorted({node for tensor in read for node in self._nodes_of(tensor)}))
         if not parents and self._running is None:
             return result

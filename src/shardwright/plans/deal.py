@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwright.errors import PlanError
 from shardwright.plans.groups import Member, Range, Ranges, UnitGroup, deal, ranges_of_all
 from shardwright.plans.quantization import Quantization
-from shardwright.plans.replicate import is_in
 from shardwright.plans.styles import Cut, Input, Output, Style
 
 
@@ -34,9 +33,9 @@ class Deal:
     def __init__(self, groups: Sequence[UnitGroup], ranks: int, quantization: Quantization | None) -> None:
         self._ranks = ranks
         self._quantization = quantization
-        self._pieces: dict[int, list[Range] | None] = {}
-        self._cut: list[UnitGroup] = []
-        self._unplaced: list[str] = []
+        self.unplaced: set[str] = set()
+        """Modules whose parameters belong to no group, and cannot be dealt without cutting quantized groups."""
+        self._pieces: dict[int, list[Range]] = {}
         self._by_dimension: dict[tuple[str, int], tuple[UnitGroup, list[Member]]] = {}
         for group in groups:
             for member in group.members:
@@ -56,49 +55,20 @@ class Deal:
         found = next((self._by_dimension[n, dim] for n in names if (n, dim) in self._by_dimension), None)
         if found is not None:
             group, members = found
-            pieces = self._pieces_of(group)
-            if pieces is None:
-                return None
-            ranges = tuple(ranges_of_all(members, group.units, piece) for piece in pieces)
+            ranges = tuple(ranges_of_all(members, group.units, piece) for piece in self._pieces_of(group))
             if not is_exchanged(style) or is_partition(ranges, length):
                 return Part((members[0].segments[0][1] - members[0].segments[0][0]) // members[0].units, ranges)
         ranges = plain_ranges(names[0], length, style, self._ranks, self._quantum_of(style))
         if self._quantization is not None and any(self._quantization.splits(names[0], dim, r) for r in ranges):
-            self._unplaced.append(names[0])
+            self.unplaced |= {name.rpartition(".")[0] for name in names}
             return None
         return Part(1, ranges)
 
-    @property
-    def undealt(self) -> list[UnitGroup]:
-        """Groups that are to be cut, and cannot be without cutting quantized groups."""
-        return [group for group in self._cut if self._pieces[id(group)] is None]
-
-    def held_whole(self, adders: Collection[str]) -> set[str]:
-        """Modules that every rank holds whole because of quantized groups.
-
-        Args:
-            adders: modules that add up what those within them compute: they would add whole things.
-
-        Returns: the owners of what cannot be dealt, or adders around them; so too for groups that have a part there.
-        """
-        undealt, owners = self.undealt, {name.rpartition(".")[0] for name in self._unplaced}
-        scopes: set[str] = set()
-        while undealt or owners:
-            owners |= {member.name.rpartition(".")[0] for group in undealt for member in group.members}
-            scopes |= {_outermost(owner, adders) for owner in owners}
-            owners = set()
-            undealt = [
-                group for group in self._cut if len({is_in(member.name, scopes) for member in group.members}) == 2
-            ]
-        return scopes
-
-    def _pieces_of(self, group: UnitGroup) -> list[Range] | None:
-        """Units of each rank; None if they can be dealt, but not without cutting quantized groups."""
+    def _pieces_of(self, group: UnitGroup) -> list[Range]:
+        """Units of each rank."""
         if id(group) not in self._pieces:
-            self._cut.append(group)
             quantum = 1 if self._quantization is None else self._quantization.quantum(group)
-            is_undealt = group.most_ranks(quantum) < self._ranks <= group.most_ranks()
-            self._pieces[id(group)] = None if is_undealt else group.pieces(self._ranks, quantum)
+            self._pieces[id(group)] = group.pieces(self._ranks, quantum)
         return self._pieces[id(group)]
 
     def _quantum_of(self, style: Style) -> int:
@@ -139,10 +109,3 @@ def plain_ranges(name: str, length: int, style: Style, ranks: int, quantum: int 
         quantum = 1
     pieces = [(start * quantum, min(stop * quantum, size)) for start, stop in deal(-(-size // quantum), ranks)]
     return tuple(tuple((half * size + start, half * size + stop) for half in range(halves)) for start, stop in pieces)
-
-
-def _outermost(name: str, adders: Collection[str]) -> str:
-    """The outermost of some modules that holds a module, or is it; else itself."""
-    levels = name.split(".")
-    above = (".".join(levels[:depth]) for depth in range(1, len(levels) + 1))
-    return next((module for module in above if module in adders), name)

@@ -20,6 +20,7 @@ from shardwright.plans.cut import cut
 from shardwright.plans.fit_kinds import Kind, kinds_of, rehearsed_length
 from shardwright.plans.fit_trials import TOLERANCE, Trials, first_line
 from shardwright.plans.rehearsal import (
+    Call,
     difference,
     first_outputs,
     rehearse,
@@ -63,7 +64,7 @@ def fit(module: nn.Module, table: ShardTable) -> Fit:
         return Fit()
     num_tokens = rehearsed_length(kinds)
     try:
-        calls = rehearse(module, [kind.scopes[0] for kind in kinds], num_tokens=num_tokens)
+        calls = _calls(module, kinds, num_tokens)
     except Exception as exc:  # of the model's code
         reason = f"its code cannot be tried out on a few tokens: {type(exc).__name__}: {first_line(exc)}"
         return Fit(misfits=tuple(Misfit(tuple(kind.scopes), reason) for kind in kinds))
@@ -85,26 +86,40 @@ def fit(module: nn.Module, table: ShardTable) -> Fit:
                 for size in sizes
                 if is_in(size.module, alike[0].scopes[:1])
             ]
-    misfits = _settle(module, table, kinds, sizes, reasons, num_tokens) if reasons else ()
+    called = [kind for kind in kinds if kind.scopes[0] in calls]
+    misfits = [Misfit(tuple(kind.scopes), reasons[kind.scopes[0]]) for kind in kinds if kind not in called]
+    if any(kind.scopes[0] in reasons for kind in called):
+        misfits = _settle(module, table, called, misfits, sizes, reasons, num_tokens)
     held = {name for misfit in misfits for name in misfit.modules}
-    return Fit(tuple(size for size in sizes if not is_in(size.module, held)), misfits)
+    return Fit(tuple(size for size in sizes if not is_in(size.module, held)), tuple(misfits))
+
+
+def _calls(module: nn.Module, kinds: list[Kind], num_tokens: int) -> dict[str, Call]:
+    """A call of one module of each kind, which becomes its first: a few tokens do not choose every expert."""
+    calls = rehearse(module, [kind.scopes[0] for kind in kinds], num_tokens=num_tokens)
+    if missing := [kind for kind in kinds if kind.scopes[0] not in calls]:
+        calls |= rehearse(module, [scope for kind in missing for scope in kind.scopes], num_tokens=num_tokens)
+        for kind in missing:
+            kind.scopes.sort(key=lambda scope: scope not in calls)
+    return calls
 
 
 def _settle(
     module: nn.Module,
     table: ShardTable,
     kinds: list[Kind],
+    misfits: list[Misfit],
     sizes: list[Local],
     reasons: dict[str, str],
     num_tokens: int,
-) -> tuple[Misfit, ...]:
+) -> list[Misfit]:
     """Decide what is not cut, where something went wrong when it was tried out alone.
 
     It may have been given something whole that another module, cut, would give it in parts; and what is not cut may
     need others whole in turn. So the model is run with all of its parts: the first module whose output is wrong is
     taken back, with what is cut together with it, until nothing is wrong.
     """
-    left, misfits = list(kinds), list[Misfit]()
+    left, misfits = list(kinds), list(misfits)
     while left:
         held = {name for misfit in misfits for name in misfit.modules}
         used = [size for size in sizes if not is_in(size.module, held)]
@@ -119,7 +134,7 @@ def _settle(
             reason = reasons.get(kind.scopes[0], f"it is used together with {wrong}, which cannot be cut")
             misfits.append(Misfit(tuple(kind.scopes), reason))
             left.remove(kind)
-    return tuple(misfits)
+    return misfits
 
 
 def _first_wrong(

@@ -191,23 +191,24 @@ class _View:
 
     def _first_lost(self) -> int | None:
         """The first thing that the stage computes from what it does not have."""
-        lost = self._lost()
-        ours = [n for n, node in enumerate(self._flow.nodes) if self._is_own(node.layer)]
-        ours += self._results
-        return next((n for n in ours if lost[n]), None)
+        lost, nodes = self._lost(), self._flow.nodes
+        own = (n for n, is_lost in enumerate(lost) if is_lost and self._is_own(nodes[n].layer))
+        return next(own, next((n for n in self._results if lost[n]), None))
 
     def _lost(self) -> list[bool]:
         """Per node, whether it is not what it should be on this stage."""
-        lost: list[bool] = []
-        for number, node in enumerate(self._flow.nodes):
-            lost.append(
-                number not in self._given
-                and (
-                    number in self._missing
-                    or (node.layer is not None and node.layer < self._first)
-                    or any(lost[parent] for parent in node.parents)
-                )
-            )
+        first, given, missing = self._first, self._given, self._missing
+        lost = [False] * len(self._flow.nodes)
+        for number, node in enumerate(self._flow.nodes):  # some hundred times as many as there are layers
+            if number in given:
+                continue
+            if number in missing or (node.layer is not None and node.layer < first):
+                lost[number] = True
+                continue
+            for parent in node.parents:
+                if lost[parent]:
+                    lost[number] = True
+                    break
         return lost
 
     def _needed(self, last: int, results: Collection[int]) -> list[bool]:

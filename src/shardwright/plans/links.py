@@ -18,7 +18,10 @@ class StageLink(Protocol):
     """From a rank of one stage to its counterpart of the next: first in, first out."""
 
     def send(self, tensors: list[Tensor]) -> None:
-        """Give tensors away; they may be written over once the call is back. It does not wait for the receiver."""
+        """Give tensors away; they may be written over once the call is back.
+
+        It waits for no receiver that is less than a few messages behind.
+        """
         ...
 
     def recv(self) -> list[Tensor]:

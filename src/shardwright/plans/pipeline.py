@@ -15,7 +15,8 @@ of its own layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -61,6 +62,8 @@ class HandedOver:
 
     gives_last_alone: bool
     """The model gives logits of the last token only."""
+    given: Mapping[str, Any]
+    """Arguments of the next stage's first layer, by name: caches that the model's code has made are among them."""
 
 
 def plan_pipeline(module: nn.Module, table: ShardTable, *, flow: Dataflow | None = None) -> Pipeline:
@@ -136,7 +139,9 @@ class PipelineStage:
             start.forward = self._starting(start.forward, flow.calls[first])
         if target is not None:
             self._gives = pipeline.sent_to(stage + 1)
-            module.get_submodule(flow.layers[last]).forward = self._hand_over
+            following = module.get_submodule(flow.layers[last])
+            self._takes_next = inspect.signature(following.forward)
+            following.forward = self._hand_over
             if stage == 0:
                 for name in self._gives.modules:
                     maker = module.get_submodule(name)
@@ -165,8 +170,8 @@ class PipelineStage:
                 output = forward(*args, **kwargs)
                 if self._target is not None:
                     raise PlanError("its code does not run all layers that it ran when it was looked at")
-            except _Left:
-                return HandedOver(self._flow.gives_last_alone)
+            except _Left as left:
+                return HandedOver(self._flow.gives_last_alone, left.given)
             except BaseException as exc:
                 if self._target is not None:
                     send_failure(self._target, str(exc) if isinstance(exc, ShardwrightError) else described(exc))
@@ -209,7 +214,8 @@ class PipelineStage:
         assert self._source is not None, "the first stage receives nothing"
         if self._arguments is None:
             try:
-                tensors = receive(self._source)
+                with torch._C.DisableTorchFunction():
+                    tensors = receive(self._source)
             except StageFinishedError:
                 self._source_has_finished = True
                 raise
@@ -224,17 +230,33 @@ class PipelineStage:
     def _hand_over(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the first layer of the next stage."""
         assert self._target is not None, "the last stage hands over nothing"
-        tensors = [tensor_at((args, kwargs), path) for path in self._gives.arguments]
+        given = by_name(self._takes_next, args, kwargs)
         names = self._gives.modules
-        if any(tensor.is_meta for tensor in tensors) or not all(name in self._outputs for name in names):
-            send_blank(self._target)
-        else:
-            self._target.send([*tensors, *(self._outputs[name] for name in names)])
-        raise _Left
+        with torch._C.DisableTorchFunction():  # tensors that watch what is done to them were sent twice
+            tensors = [tensor_at((args, kwargs), path).as_subclass(Tensor) for path in self._gives.arguments]
+            if any(tensor.is_meta for tensor in tensors) or not all(name in self._outputs for name in names):
+                send_blank(self._target)
+            else:
+                self._target.send([*tensors, *(self._outputs[name].as_subclass(Tensor) for name in names)])
+        raise _Left(given)
 
 
 class _Left(BaseException):  # no code of a model's author catches it
-    """The forward ends here."""
+    """The forward ends here.
+
+    Args:
+        given: what the next layer was given.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.given = given
+
+
+def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names; those that only have places are left out."""
+    places = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return dict(zip(places, args, strict=False)) | dict(kwargs)
 
 
 def _drop_parameters(module: nn.Module, table: ShardTable, stage: int) -> None:

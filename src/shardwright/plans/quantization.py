@@ -15,7 +15,6 @@ from torch import nn
 
 from shardwright.layers.quantized_linear import quantizable_linears
 from shardwright.plans.groups import Member, Ranges, UnitGroup
-from shardwright.plans.quantities import plural
 from shardwright.weight_format import WeightFormat
 
 
@@ -64,10 +63,6 @@ def quantization_of(module: nn.Module, format: WeightFormat | None) -> Quantizat
     return Quantization(format, {name: (dim, module.get_parameter(name).shape[dim]) for name, dim in dims.items()})
 
 
-def described(group: UnitGroup, quantization: Quantization, ranks: int) -> str:
-    """Why a group is not dealt, as a sentence without its end."""
-    most = group.most_ranks(quantization.quantum(group))
-    return (
-        f"its {group.kind} lie in quantized groups of {quantization.format.group_size} input features: they can be "
-        f"dealt to {plural(most, 'rank')}, not to {ranks}, so every rank holds all of them"
-    )
+def most_ranks(group: UnitGroup, quantization: Quantization | None) -> int:
+    """How many ranks can have a part in a group."""
+    return group.most_ranks(1 if quantization is None else quantization.quantum(group))

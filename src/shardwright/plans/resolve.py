@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from shardwright.plans.dataflow import Dataflow
 from shardwright.plans.deal import Deal
-from shardwright.plans.groups import UnitGroup
+from shardwright.plans.groups import Member, UnitGroup
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.quantization import Quantization
+from shardwright.plans.quantization import Quantization, most_ranks
 from shardwright.plans.replicate import is_in, rows_without
 from shardwright.plans.stages import assign_stages
 from shardwright.plans.styles import (
@@ -26,7 +27,8 @@ from shardwright.plans.styles import (
     Output,
     Style,
 )
-from shardwright.plans.table import ParameterRow, ShardTable
+from shardwright.plans.table import ParameterRow, ShardTable, Undealt
+from shardwright.plans.undealt import hold_whole
 
 
 def resolve(
@@ -52,35 +54,40 @@ def resolve(
         flow: of the model's layers, if it is at hand.
         quantization: of its weights, which are then cut between quantized groups.
 
-    Raises: PlanError if a plan cannot be carried out: more ranks than units, stages than layers, a cut along a
-        dimension that a parameter does not have.
+    Returns: every rank holds all of what has fewer units than there are ranks, if there are heads that can be dealt,
+        and of what cannot be dealt without cutting quantized groups.
+    Raises: PlanError if a plan cannot be carried out: more ranks than units of all heads, stages than layers, a cut
+        along a dimension that a parameter does not have.
     """
+    planned = [_planned(plan, tp, *found) for found in parameters_of(module)]
+    undealt = _undealt(module, plan, groups, planned, tp, quantization)
+    held = {name for each in undealt for name in each.modules}
     rows: list[ParameterRow] = []
     deal = Deal(groups, tp, quantization)
-    for name, aliases, parameter, owner in parameters_of(module):
-        pattern = next((p for n in (name, *aliases) if (p := matching_pattern(plan, n)) is not None), None)
-        style = plan.styles[pattern] if pattern is not None else REPLICATE
+    for each in planned:
+        name, shape, style, dim = each.names[0], tuple(each.parameter.shape), each.style, each.dim
+        if any(is_in(n, held) for n in each.names):
+            style, dim = REPLICATE, None
         row: dict[str, Any] = {}
-        dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
-        if dim is not None and (part := deal.part((name, *aliases), dim, parameter.shape[dim], style)) is not None:
+        if dim is not None and (part := deal.part(each.names, dim, shape[dim], style)) is not None:
             row = {"dim": dim, "unit": part.unit, "ranges": part.ranges}
         if quantization is not None and name in quantization.inputs:
             row |= {"quantized": quantization.format, "input_dim": quantization.inputs[name][0]}
         rows.append(
             ParameterRow(
                 name=name,
-                aliases=aliases,
-                shape=tuple(parameter.shape),
-                element_bytes=parameter.element_size(),
+                aliases=each.names[1:],
+                shape=shape,
+                element_bytes=each.parameter.element_size(),
                 style=style,
-                word=plan.tp[pattern] if pattern is not None else REPLICATE.name,
-                matched_by=pattern,
+                word=plan.tp[each.pattern] if each.pattern is not None else REPLICATE.name,
+                matched_by=each.pattern,
                 once=tp > 1 and style.is_row and dim is None and name.endswith("bias"),
                 **row,
             )
         )
-    whole = deal.held_whole(adders(module, plan))
-    rows = rows_without(rows, whole)
+    held |= deal.unplaced
+    rows = rows_without(rows, deal.unplaced)
     stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split, flow=flow)
     styles = module_styles(module, plan, rows) if tp > 1 else {}
     return ShardTable(
@@ -88,17 +95,52 @@ def resolve(
         tp=tp,
         pp=pp,
         parameters=tuple(rows),
-        modules={name: style for name, style in styles.items() if not is_in(name, whole)},
+        modules={name: style for name, style in styles.items() if not is_in(name, held)},
         groups=tuple(groups),
         stages=stages,
-        undealt=tuple(deal.undealt),
+        undealt=undealt,
     )
 
 
-def adders(module: nn.Module, plan: ParallelPlan) -> set[str]:
-    """Modules that hold nothing that is cut, and add up what modules within them compute."""
-    patterns = [p for p, style in plan.styles.items() if style.output is Output.SUMMED and style.cut is Cut.NONE]
-    return {name for name, _ in module.named_modules() if any(matches(pattern, name) for pattern in patterns)}
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A parameter, and what the plan says of it."""
+
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+    pattern: str | None
+    style: Style
+    dim: int | None
+    """The dimension that is cut."""
+
+
+def _planned(
+    plan: ParallelPlan, tp: int, name: str, aliases: tuple[str, ...], parameter: nn.Parameter, owner: nn.Module
+) -> _Planned:
+    names = (name, *aliases)
+    pattern = next((p for n in names if (p := matching_pattern(plan, n)) is not None), None)
+    style = plan.styles[pattern] if pattern is not None else REPLICATE
+    dim = cut_dimension(owner, name.rpartition(".")[2], parameter.ndim, style) if tp > 1 else None
+    return _Planned(names, parameter, pattern, style, dim)
+
+
+def _undealt(
+    module: nn.Module,
+    plan: ParallelPlan,
+    groups: Sequence[UnitGroup],
+    planned: Sequence[_Planned],
+    tp: int,
+    quantization: Quantization | None,
+) -> tuple[Undealt, ...]:
+    cut = {(name, each.dim) for each in planned if each.dim is not None for name in each.names}
+    if not any(most_ranks(group, quantization) < tp for group in groups) or not cut:
+        return ()
+    styles = module_styles(module, plan, ())
+
+    def is_cut(member: Member) -> bool:
+        return (member.name, member.dim) in cut
+
+    return hold_whole(module, groups, styles, is_cut, ranks=tp, quantization=quantization)
 
 
 def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[ParameterRow]) -> dict[str, Style]:

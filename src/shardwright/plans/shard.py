@@ -14,6 +14,7 @@ from shardwright.plans.cut import cut
 from shardwright.plans.fit import Fit, Misfit, fit
 from shardwright.plans.replicate import without
 from shardwright.plans.table import ShardTable
+from shardwright.plans.undealt import descriptions
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class FittedTable:
 
 
 def fitted_table(module: nn.Module, table: ShardTable) -> FittedTable:
-    """Replicate what a model's code does not let be cut, and warn of it.
+    """Replicate what a model's code does not let be cut, and warn of it, and of what the table does not deal.
 
     Args:
         module: the whole model, on "meta" or not; left as it is.
@@ -66,6 +67,8 @@ def fitted_table(module: nn.Module, table: ShardTable) -> FittedTable:
 
     Returns: the same on every rank.
     """
+    for description in descriptions(table):
+        logger.warning("%s", description)
     found = fit(module, table)
     for misfit in found.misfits:
         logger.warning("%s; every rank holds all of it", described(misfit, table.tp))

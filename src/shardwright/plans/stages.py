@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -54,7 +54,7 @@ def assign_stages(
     if flow is None or flow.layers != stack.layers:
         flow = trace_dataflow(module, stack.layers)
     num = len(stack.layers)
-    weights = [_bytes_below(rows, layer) for layer in stack.layers]
+    weights = _bytes_of_layers(rows, stack.layers)
     head = _bytes_outside(rows, stack, needed_parameters(flow, 0, 1))
     tail = _bytes_outside(rows, stack, needed_parameters(flow, num - 1, num))
     counts = (
@@ -153,10 +153,13 @@ def _unsplit(module: nn.Module, stack: LayerStack, plan: ParallelPlan) -> frozen
     return frozenset(i for i in range(1, len(held)) if held[i] & held[i - 1])
 
 
-def _bytes_below(rows: Sequence[ParameterRow], name: str) -> int:
-    return sum(
-        row.local_bytes(0) for row in rows if _is_below(row.name, name) or any(_is_below(a, name) for a in row.aliases)
-    )
+def _bytes_of_layers(rows: Sequence[ParameterRow], layers: Sequence[str]) -> list[int]:
+    numbers, found = {name: number for number, name in enumerate(layers)}, [0] * len(layers)
+    for row in rows:
+        for number in {_home(name, numbers) for name in (row.name, *row.aliases)}:
+            if number is not None:
+                found[number] += row.local_bytes(0)
+    return found
 
 
 def _bytes_outside(rows: Sequence[ParameterRow], stack: LayerStack, names: Collection[str]) -> int:
@@ -165,12 +168,8 @@ def _bytes_outside(rows: Sequence[ParameterRow], stack: LayerStack, names: Colle
     return sum(row.local_bytes(0) for row in rows if row.name in names and not row.name.startswith(within))
 
 
-def _is_below(name: str, module: str) -> bool:
-    return name.startswith(f"{module}.")
-
-
-def _home(name: str, stage_of: dict[str, int]) -> int | None:
-    """The stage of the module that a parameter is in, the nearest one that has a stage."""
+def _home(name: str, stage_of: Mapping[str, int]) -> int | None:
+    """The stage, or the number, of the module that a parameter is in, the nearest one that has any."""
     levels = name.split(".")
     for depth in range(len(levels) - 1, 0, -1):
         if (stage := stage_of.get(".".join(levels[:depth]))) is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from shardwright.plans.groups import Ranges, UnitGroup
+from shardwright.plans.groups import Ranges, UnitGroup, UnitKind
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.styles import REPLICATE, Style
 from shardwright.weight_format import WeightFormat
@@ -83,6 +83,20 @@ class Stage:
     """Those of them that are layers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Undealt:
+    """A group that the plan cuts, and every rank holds all of: it has fewer units than there are ranks, or these lie in
+    fewer quantized groups.
+    """
+
+    kind: UnitKind
+    units: int
+    group_size: int | None
+    """Of quantized groups, if they are why."""
+    modules: tuple[str, ...]
+    """Qualified names of modules and parameters that are whole."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardTable:
     """A plan, resolved for one model and one number of ranks."""
@@ -96,8 +110,7 @@ class ShardTable:
     groups: tuple[UnitGroup, ...]
     """Those of the model, whether the plan cuts them or not."""
     stages: tuple[Stage, ...]
-    undealt: tuple[UnitGroup, ...] = ()
-    """Those that the plan cuts and every rank holds whole, since quantized weights are cut between groups alone."""
+    undealt: tuple[Undealt, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, ParameterRow]:

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.far_positions import far_position_turns_others
-from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.rungs import AttentionRung
-from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.native import make_backend
 from shardwright.config import ParallelConfig
 from shardwright.errors import EngineError, ShardwrightError, UnsupportedModelError
 from shardwright.foreign_errors import described
 from shardwright.worker.packed import PackedModel
-from shardwright.worker.per_request import PerRequestModel, RecomputingModel
+from shardwright.worker.per_request import RecomputingModel
+from shardwright.worker.rungs import batched_rungs, single_rungs
 from shardwright.worker.self_check import check_logits, plain_logits
-from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
 logger = logging.getLogger(__name__)
@@ -59,74 +57,45 @@ def climb(
 
     Raises: UnsupportedModelError if the module's own forward pass fails; EngineError if only that of another rank does.
     """
-    backend = make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype)
-
-    is_alone = parallel is None or parallel.num_ranks == 1
-    is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
-
-    def packed(reason: str) -> StepModel:
-        served = ServedModel(module, num_positions=num_positions, needs_attention=is_whole)
-        return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
-
-    def intercepted(reason: str) -> StepModel:
-        served = InterceptedModel(
-            module, num_positions=num_positions, vocab_size=vocab_size, needs_attention=is_whole, agree=agree
-        )
-        return PackedModel(
-            served, backend, dtype=dtype, device=device, max_step_tokens=num_positions, may_recompute=is_alone
-        )
-
-    def with_state(reason: str, *, takes_chunks: bool = True, decodes_together: bool = True) -> StepModel:
-        return StateSlotModel(
+    set_attention(module, "eager")
+    expected = _expected(module, vocab_size=vocab_size, agree=agree)
+    reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
+    rungs = single_rungs(module, device=device, parallel=parallel)
+    if agree(not far_position_turns_others(module, num_positions=num_positions)):
+        rungs[:0] = batched_rungs(
             module,
-            backend,
+            make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype),
             num_positions=num_positions,
             vocab_size=vocab_size,
             dtype=dtype,
             device=device,
-            takes_chunks=takes_chunks,
-            decodes_together=decodes_together,
+            parallel=parallel,
             agree=agree,
         )
-
-    def per_request(reason: str) -> StepModel:
-        return PerRequestModel(module, reason, device=device)
-
-    def recomputing(reason: str) -> StepModel:
-        return RecomputingModel(module, reason, device=device)
-
-    set_attention(module, "eager")
-    expected = _expected(module, vocab_size=vocab_size, agree=agree)
-    reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
-    rungs: list[tuple[AttentionRung, Callable[[str], StepModel]]] = [
-        (AttentionRung.INTERFACE, packed),
-        (AttentionRung.DATAFLOW, intercepted),
-        (AttentionRung.STATE, with_state),
-        (AttentionRung.STATE, partial(with_state, takes_chunks=False)),
-        (AttentionRung.STATE, partial(with_state, decodes_together=False)),
-    ]
-    if not agree(not far_position_turns_others(module, num_positions=num_positions)):
+    else:
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
-        rungs.clear()
-    rungs += [(AttentionRung.PER_REQUEST, per_request), (AttentionRung.RECOMPUTE, recomputing)]
-    for rung, build in rungs:
+    check = partial(check_logits, expected=expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+    for rung in rungs:
         set_attention(module, "eager")
-        model, problem = _tried(partial(build, "; ".join(reasons)))
+        model, problem = _tried(partial(rung.build, "; ".join(reasons)))
         stands = agree(problem is None)
-        if stands and rung is not AttentionRung.RECOMPUTE:  # which is the module's own forward pass
-            check = partial(check_logits, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
-            _, problem = _tried(partial(check, model, expected))
+        if stands and model is not None and rung.name is not AttentionRung.RECOMPUTE:  # its own forward pass
+            _, problem = _tried(partial(check, model))
             stands = agree(problem is None)
-        if not stands or model is None:
-            reasons[f"not {rung}: {problem or 'another rank cannot stand there'}"] = None
-            continue
-        if isinstance(model, PackedModel):
-            model.is_checked = True
-        if isinstance(model, RecomputingModel):
-            logger.warning("attention is served on rung %r, one request at a time: %s", str(rung), model.rung_reason)
-        return model
+        if stands and model is not None:
+            return _settled(model)
+        reasons[f"not {rung.name}: {problem or 'another rank cannot stand there'}"] = None
     raise UnsupportedModelError("; ".join(reasons))
+
+
+def _settled(model: StepModel) -> StepModel:
+    """A model that stays on its rung."""
+    if isinstance(model, PackedModel):
+        model.is_checked = True
+    if isinstance(model, RecomputingModel):
+        logger.warning("attention is served on rung %r, one request at a time: %s", str(model.rung), model.rung_reason)
+    return model
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -16,8 +16,11 @@ from shardwright.adapt.probe import set_attention
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
+from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import bytes_per_block
 from shardwright.errors import UnsupportedModelError
+from shardwright.replay.program import OutOfRangeError, Program
+from shardwright.replay.record import MOST_TOKENS, Recorder, record
 from shardwright.worker.inputs import build_inputs
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.step import Ints, StepTables
@@ -61,6 +64,7 @@ class PackedModel:
         self._device = device
         self._cache: KVCache | None = None
         self._recomputing: RecomputingModel | None = None
+        self._program: Program | None = None
         self.is_checked = False
         """Whether it gave the right logits once; until then, a failure is one."""
 
@@ -78,10 +82,35 @@ class PackedModel:
             device=self._device,
         )
 
+        if self._program is not None:
+            self._program.bind(self._cache)
+
+    def record(self, *, num_positions: int, vocab_size: int) -> str | None:
+        """Record the model's decode steps, to be carried out natively from the next `allocate` on.
+
+        Returns: why that cannot be; None if it can.
+        """
+        if not isinstance(self._backend, NativeBackend):
+            return f"there are no native kernels for {self._device} and {self._dtype}"
+        recorder = Recorder(
+            self.served, self._backend, num_positions=num_positions, vocab_size=vocab_size, dtype=self._dtype
+        )
+        found = record(recorder)
+        if isinstance(found, str):
+            return found
+        self._program = found
+        return None
+
     def compute(self, step: StepTables) -> Tensor:
         assert self._cache is not None, "allocate comes first"
         if self._recomputing is None:
             inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
+            if self._program is not None and _is_decode(step):
+                try:
+                    return self._program.run(inputs)
+                except OutOfRangeError:
+                    logger.warning("from now on the model's own code runs in every step: a table in it has grown")
+                    self._program = None
             try:
                 return self.served.forward(inputs, self._cache, self._backend)
             except UnsupportedModelError as exc:
@@ -99,3 +128,14 @@ class PackedModel:
         assert self._cache is not None, "allocate comes first"
         for group in blocks:
             self._cache.scrub(torch.from_numpy(group).to(self._device))
+
+
+def _is_decode(step: StepTables) -> bool:
+    """Whether a step is one token for each of a few sequences, all of whose logits are wanted."""
+    count = len(step.rows)
+    return (
+        count <= MOST_TOKENS
+        and len(step.logits_rows) == count
+        and bool((step.num_tokens == 1).all())
+        and bool((step.num_computed > 0).all())
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from shardwright.config import EngineConfig
 from shardwright.layers.quantized_linear import quantize_linears
 from shardwright.plans.choose import choose_plan
 from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.pipeline import Pipeline, PipelineStage, plan_pipeline
-from shardwright.plans.quantization import Quantization, described, quantization_of
+from shardwright.plans.quantization import Quantization, quantization_of
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
 from shardwright.plans.slices import ShardSlice
@@ -26,8 +27,6 @@ from shardwright.plans.table import ShardTable
 from shardwright.plans.units import unit_groups
 from shardwright.worker.blueprint import Blueprint
 from shardwright.worker.placement import Peers, Placement
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +65,6 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
         num_parameters = count_parameters(module)
         quantization = quantization_of(module, config.model.weight_format)
         table, flow = resolve_table(module, config, quantization)
-        if quantization is not None:
-            reasons = {described(group, quantization, table.tp): group for group in reversed(table.undealt)}
-            for reason, group in reasons.items():
-                logger.warning("%s: %s", group.members[0].name, reason)
         fitted = fitted_table(module, table)
         pipeline = plan_pipeline(module, fitted.table, flow=flow) if placement.pp > 1 else None
         whole.append(_Whole(fitted.table, quantization, pipeline, num_parameters))
@@ -108,20 +103,28 @@ def _quantize(module: nn.Module, quantization: Quantization | None) -> None:
 
 
 def give_empty_logits(module: nn.Module) -> None:
-    """Let a stage that hands over return what those who call a model expect: logits, but of no tokens' numbers.
+    """Let a stage that hands over return what those who call a model expect: logits, but of no tokens' numbers, and the
+    caches that its layers fill.
 
-    They have the shape [B, T, 0].
+    The logits have the shape [B, T, 0]. Caches are what a layer is given and the model takes, under one name.
     """
     forward = module.forward
+    taken = inspect.signature(forward).parameters
 
     @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> CausalLMOutput:
+    def run(*args: Any, **kwargs: Any) -> ModelOutput:
         handed = forward(*args, **kwargs)
         tokens: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         num_tokens = 1 if handed.gives_last_alone else tokens.shape[-1]
-        return CausalLMOutput(logits=torch.empty(len(tokens), num_tokens, 0, device=tokens.device))
+        caches = {name: value for name, value in handed.given.items() if name in taken and is_cache(value)}
+        return ModelOutput(logits=torch.empty(len(tokens), num_tokens, 0, device=tokens.device), **caches)
 
     module.forward = run
+
+
+def is_cache(value: Any) -> bool:
+    """Whether layers may write into a value what they keep from token to token."""
+    return isinstance(value, Cache) or (isinstance(value, list) and any(isinstance(item, Tensor) for item in value))
 
 
 def count_parameters(module: nn.Module) -> int:

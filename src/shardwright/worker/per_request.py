@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.utils import GenerationMixin
 
 from shardwright.adapt.logits import own_logits
@@ -84,14 +85,16 @@ class PerRequestModel(RecomputingModel):
         module: a model that can `generate`, weights loaded.
         reason: why no better rung would do.
         device: of the module.
+        is_whole: whether all layers run here, and not those of one pipeline stage alone.
 
     Raises: UnsupportedModelError if the model keeps no cache.
     """
 
     rung = AttentionRung.PER_REQUEST
 
-    def __init__(self, module: nn.Module, reason: str, *, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, reason: str, *, device: torch.device, is_whole: bool = True) -> None:
         super().__init__(module, reason, device=device)
+        self._is_whole = is_whole
         if not isinstance(module, GenerationMixin):
             raise UnsupportedModelError("its code is not made for Hugging Face `generate`")
         self._generator: Any = module
@@ -131,6 +134,8 @@ class PerRequestModel(RecomputingModel):
             inputs = self._generator.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **state)
         output = self._generator(**inputs, return_dict=True)
         self._states[row] = self._generator._update_model_kwargs_for_generation(output, state, is_encoder_decoder=False)
+        if not self._is_whole:
+            count_elsewhere(self._states[row].get(self._cache_name), input_ids.shape[1], self._device)
         logits: Tensor = output.logits[0]
         return logits
 
@@ -145,6 +150,20 @@ class PerRequestModel(RecomputingModel):
         if total == 0:
             raise UnsupportedModelError("it keeps no cache between tokens")
         return -(-total // MEASURED_TOKENS)
+
+
+def count_elsewhere(cache: Any, num_tokens: int, device: torch.device) -> None:
+    """Let the parts of a cache whose layers run on other pipeline stages know how many tokens there are.
+
+    Code around the layers asks some layer's part, often the first one's, for lengths of masks and for positions. Keys
+    of one byte a token stand for those that are kept elsewhere.
+    """
+    if not isinstance(cache, Cache):
+        return
+    for layer in cache.layers:
+        if isinstance(layer, CacheLayerMixin) and (missing := num_tokens - layer.get_seq_length()) > 0:
+            nothing = torch.zeros(1, 1, missing, 1, dtype=torch.int8, device=device)
+            layer.update(nothing, nothing)
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -213,8 +213,9 @@ class FoundStates:
     def gather(self, rows: Tensor) -> dict[str, Any]:
         options = self.fresh()
         for holder, template in self._templates.items():
-            slots = self._slots[holder].items()
-            values = {path: kept.index_select(self._dims[holder, path], rows) for path, kept in slots}
+            if not (slots := self._slots[holder]):  # no forward pass wrote it: of a layer of another pipeline stage
+                continue
+            values = {path: kept.index_select(self._dims[holder, path], rows) for path, kept in slots.items()}
             value = _rebuilt(template, values)
             if holder.kind == "argument":
                 options[holder.name] = value

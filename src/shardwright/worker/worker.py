@@ -4,6 +4,7 @@ all ranks have agreed on.
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from shardwright.adapt.eager import eager
-from shardwright.config import EngineConfig, SchedulerConfig
+from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
@@ -25,12 +26,17 @@ from shardwright.worker.fingerprint import fingerprint
 from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
+from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
 from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups
 from shardwright.worker.self_check import run_largest_step
 from shardwright.worker.step import StepModel
 from shardwright.worker.threads import one_thread
+
+logger = logging.getLogger(__name__)
+
+_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
 DEFAULT_BATCHED_TOKENS = 2048
 """Token budget of a step unless told otherwise: keeps matrix products busy, and streams beside it smooth."""
@@ -161,12 +167,13 @@ def adapt(
 ) -> StepModel:
     """The model on its rung, with layers replaced where that is faster. Raises UnsupportedModelError."""
     compute_dtype = blueprint.dtype
+    _expect_no_padding(module)
     if device.type == "cpu" and blueprint.dtype is not torch.float32 and not has_fast_half_products():
         upcast_linears(module)
         compute_dtype = torch.float32
     try:
         with one_thread():
-            return climb(
+            model = climb(
                 module,
                 num_positions=blueprint.max_model_len,
                 vocab_size=blueprint.vocab_size,
@@ -177,9 +184,30 @@ def adapt(
                 parallel=config.parallel,
                 agree=agree,
             )
+            if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
+                _record(model, blueprint, config.model)
+            return model
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"
         raise UnsupportedModelError(f"{name} cannot be served: {exc}") from exc
+
+
+def _expect_no_padding(module: nn.Module) -> None:
+    """Keep Transformers from looking for padding in every step, and from warning of it: there is none."""
+    for held in module.modules():
+        if hasattr(held, _PADDING_WARNING):
+            setattr(held, _PADDING_WARNING, lambda *_: None)
+
+
+def _record(model: PackedModel, blueprint: Blueprint, options: ModelConfig) -> None:
+    """Let a model's decode steps be carried out natively, if they can be."""
+    problem: str | None = "its weights are quantized"
+    if options.weight_format is None:
+        problem = model.record(num_positions=blueprint.max_model_len, vocab_size=blueprint.vocab_size)
+    if problem is None:
+        logger.debug("decode steps are recorded, and carried out natively")
+    else:
+        logger.info("decode steps run the model's own code: %s", problem)
 
 
 def resolve_device(device: str, placement: Placement = ALONE) -> torch.device:

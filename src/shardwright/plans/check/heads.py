@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 from shardwright.plans.check.findings import Finding, Severity
-from shardwright.plans.check.subject import Subject
+from shardwright.plans.check.subject import Subject, Weight
 from shardwright.plans.groups import UnitGroup, UnitKind, ranges_of
 from shardwright.plans.quantities import size
-from shardwright.plans.quantization import described
+from shardwright.plans.undealt import more_layers, named, named_units, too_few
 
 
 def check_deal(subject: Subject) -> Iterator[Finding]:
     """Per kind of group that the plan cuts, how its units are dealt to the ranks."""
-    for group in subject.groups:
-        cut = [m for m in group.members if subject.by_name[m.name].dim == m.dim]
-        if not cut:
-            continue
-        first = subject.by_name[cut[0].name]
-        where = subject.guilty(first)
-        if group.units < subject.tp:
-            yield Finding(
-                Severity.ERROR,
-                where,
-                f"{group.units} {group.kind} cannot be dealt to {subject.tp} ranks: some would have none",
-                f"--tp {group.units}",
-                f"too few {where}",
-            )
-        elif group.most_ranks(subject.quantum(group)) < subject.tp:
-            assert subject.quantization is not None, "else units are dealt one by one"
-            message = described(group, subject.quantization, subject.tp)
-            fix = "a smaller --quantization-group-size"
-            yield Finding(Severity.WARNING, where, message, fix, f"quantized {where}")
+    cut = {group: weights for group in subject.groups if (weights := _cut_weights(subject, group))}
+    held = set(too_few(cut, subject.tp, subject.quantization))
+    alike: dict[tuple[str, int], list[UnitGroup]] = defaultdict(list)
+    for group, weights in cut.items():
+        where = subject.guilty(weights[0])
+        if group in held:
+            alike[where, group.units].append(group)
+        elif group.units < subject.tp:
+            message = f"{group.units} {group.kind} cannot be dealt to {subject.tp} ranks: some would have none"
+            yield Finding(Severity.ERROR, where, message, f"--tp {group.units}", f"too few {where}")
         elif group.kind is UnitKind.HEADS or group.kind is UnitKind.EXPERTS:
             yield from _dealt(subject, group, where)
+    for groups in alike.values():
+        yield _held(subject, groups[0], [cut[group] for group in groups])
+
+
+def _cut_weights(subject: Subject, group: UnitGroup) -> list[Weight]:
+    """What the plan cuts of a group."""
+    weights = (subject.by_name[m.name] for m in group.members if subject.by_name[m.name].dim == m.dim)
+    return list({weight.name: weight for weight in weights}.values())
+
+
+def _held(subject: Subject, group: UnitGroup, alike: Sequence[Sequence[Weight]]) -> Finding:
+    """Groups of one kind that every rank holds all of, since they have too few units, and others can be dealt."""
+    few = group.units < subject.tp
+    group_size = None if few or subject.quantization is None else subject.quantization.format.group_size
+    units = named_units(group.kind, group.units, group_size)
+    total = sum(weight.num_bytes for weights in alike for weight in weights)
+    modules = list(dict.fromkeys(weight.module if weight.is_linear else weight.name for weight in alike[0]))
+    return Finding(
+        Severity.WARNING,
+        subject.guilty(alike[0][0]),
+        f"{units} cannot be dealt to {subject.tp} ranks: every rank holds all of "
+        f"{named(modules)}{more_layers(len(alike))}, {size(total - total // subject.tp)} more than its share",
+        f"--tp {group.units}" if group_size is None else "a smaller --quantization-group-size",
+    )
 
 
 def _dealt(subject: Subject, group: UnitGroup, where: str) -> Iterator[Finding]:

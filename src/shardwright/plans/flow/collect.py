@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardwright.plans.flow.atoms import Labels
-from shardwright.plans.flow.memory import Origin
+from shardwright.plans.flow.atoms import Labels, distinct
+from shardwright.plans.flow.memory import Origin, thin
+from shardwright.plans.flow.settle import closed_atoms, settle
 from shardwright.plans.flow.state import Axis, Flow
 from shardwright.plans.groups import Member, UnitGroup, UnitKind
 
@@ -34,40 +35,6 @@ def collect(flow: Flow) -> list[UnitGroup]:
     """The groups of a model, of what every rank may have its own part of."""
     settle(flow)
     return [*cut_groups(flow), *vocabulary_groups(flow), *expert_groups(flow)]
-
-
-def settle(flow: Flow) -> None:
-    """Bind what code divides together, and what must not be on two ranks though several need it."""
-    before = -1
-    while (now := _num_bound(flow)) != before:
-        before = now
-        for labels in flow.splits:
-            _bind_split(flow, flow.atoms.find(labels))
-        holders, needed = flow.atoms.needs()
-        shared = np.isin(needed, _closed_atoms(flow)) | (holders == 0)
-        flow.atoms.bind(holders[shared], needed[shared])
-
-
-def _num_bound(flow: Flow) -> int:
-    every = np.concatenate([np.zeros(1, np.int64), *(axis.atoms for axis in flow.axes)])
-    return len(np.unique(flow.atoms.find(every)))
-
-
-def _bind_split(flow: Flow, labels: Labels) -> None:
-    """Of a dimension that is divided in several, one is cut: the outermost whose entries share nothing."""
-    if len(labels) < 2:
-        if labels.ndim > 1 and len(labels):
-            _bind_split(flow, labels[0])
-        return
-    rows = labels.reshape(len(labels), -1)
-    sets = [set(row.tolist()) - {0} for row in rows]
-    if sum(map(len, sets)) == len(set().union(*sets)) and all(sets):
-        for row in rows:
-            present = row[row > 0]
-            flow.atoms.bind(present, present[:1])
-    elif labels.ndim > 1:
-        for part in labels:
-            _bind_split(flow, flow.atoms.find(part))
 
 
 def users(flow: Flow) -> dict[int, Users]:
@@ -117,7 +84,9 @@ class Ends:
 
     def users(self, atom: int) -> Users:
         """Units that need an atom; none if every rank has it, or nothing comes of it."""
-        return self.needed_by.get(atom, frozenset((atom,))) & self.closing
+        if (users := self.needed_by.get(atom)) is not None:
+            return users & self.closing
+        return frozenset((atom,)) if atom in self.closing else frozenset()
 
     def closed(self, keys: Sequence[Origin]) -> list[Origin]:
         """Those of some dimensions that are rows."""
@@ -131,13 +100,13 @@ class Ends:
 
 def _ends(flow: Flow) -> Ends:
     needed_by = users(flow)
-    closing = _closed_atoms(flow)
+    closing = closed_atoms(flow)
     shared = np.array(sorted(needed_by), dtype=np.int64)
     ends = Ends({}, needed_by, frozenset(closing.tolist()), [])
     touching = {}
     for axis in flow.axes:
         found = flow.atoms.find(axis.atoms)
-        atoms = np.unique(found)
+        atoms = distinct(found)
         units = frozenset(atoms[np.isin(atoms, closing)].tolist())
         units = units.union(*(ends.users(a) for a in atoms[np.isin(atoms, shared)].tolist()))
         if units:
@@ -145,12 +114,6 @@ def _ends(flow: Flow) -> Ends:
             touching[axis.name, axis.dim] = units
     ends.connected.extend(_connected(touching))
     return ends
-
-
-def _closed_atoms(flow: Flow) -> Labels:
-    every = [np.zeros(1, np.int64), *(c.labels.ravel() for c in flow.closings)]
-    found = np.unique(flow.atoms.find(np.concatenate(every)))
-    return found[found > 0]
 
 
 def _align_layers(flow: Flow, ends: Ends) -> None:
@@ -175,38 +138,58 @@ def _connected(touching: Mapping[Origin, frozenset[int]]) -> list[list[Origin]]:
 
 
 def _group(flow: Flow, keys: Sequence[Origin], ends: Ends) -> UnitGroup | None:
-    """The group of dimensions that share units; None if there is one unit, or units are needed out of order."""
-    closed, roots = ends.closed(keys), ends.roots
+    """The group of dimensions that share units; None if there is one unit, or units are needed out of order.
+
+    Units are in the order of the rows in which they end. Where what several of them need is in another, as that of keys
+    which are repeated as a whole, for the first query head of each and then the second, they are in this one.
+    """
+    closed = ends.closed(keys)
     if not closed:
         return None
+    shared = [key for key in keys if any(len(ends.users(atom)) > 1 for atom in ends.roots[key].tolist())]
+    for first in ((), shared):
+        order = _order((*first, *closed, *keys), ends)
+        if len(order) > 1 and (members := _members(keys, order, ends)) is not None:
+            multiplied = [np.zeros(1, np.int64), *(labels.ravel() for labels in flow.heads)]
+            is_heads = bool(np.isin(flow.atoms.find(np.concatenate(multiplied)), list(order)).any())
+            kind = UnitKind.HEADS if is_heads else UnitKind.FEATURES
+            group = UnitGroup(kind, len(order), tuple(members), "traced")
+            return group if is_heads else coarser(group)
+    return None
+
+
+def _order(keys: Sequence[Origin], ends: Ends) -> dict[int, int]:
+    """Units by number, as dimensions have them one after another."""
     order: dict[int, int] = {}
-    for key in (*closed, *keys):
-        for atom in dict.fromkeys(roots[key].tolist()):
+    for key in keys:
+        for atom in dict.fromkeys(ends.roots[key].tolist()):
             for unit in sorted(ends.users(atom)):
                 order.setdefault(unit, len(order))
-    if len(order) < 2:
-        return None
+    return order
+
+
+def _members(keys: Sequence[Origin], order: Mapping[int, int], ends: Ends) -> list[Member] | None:
+    """Dimensions as members of a group; None if something is needed by units that do not follow each other."""
     members: list[Member] = []
     for name, dim in keys:
-        atoms, place = np.unique(roots[name, dim], return_inverse=True)
+        atoms, place = np.unique(ends.roots[name, dim], return_inverse=True)
         spans = np.empty((len(atoms), 2), dtype=np.int64)
         for row, atom in enumerate(atoms.tolist()):
-            needed = sorted(order[unit] for unit in ends.users(atom)) or range(len(order))
-            if needed[-1] - needed[0] + 1 != len(needed):
+            needed = [order[unit] for unit in ends.users(atom)] or range(len(order))
+            first, last = min(needed), max(needed)
+            if last - first + 1 != len(needed):
                 return None
-            spans[row] = needed[0], needed[-1] + 1
+            spans[row] = first, last + 1
         members += members_of(name, dim, pieces_of(spans[place.ravel()]), len(order))
-    multiplied = [np.zeros(1, np.int64), *(labels.ravel() for labels in flow.heads)]
-    is_heads = bool(np.isin(flow.atoms.find(np.concatenate(multiplied)), list(order)).any())
-    group = UnitGroup(UnitKind.HEADS if is_heads else UnitKind.FEATURES, len(order), tuple(members), "traced")
-    return group if is_heads else coarser(group)
+    return members
 
 
 def pieces_of(spans: Labels) -> list[Piece]:
     """Runs of indices that the same units need, from [indices, 2] first and last unit of each."""
     starts = [0, *(np.nonzero((spans[1:] != spans[:-1]).any(axis=1))[0] + 1).tolist()]
     stops = [*starts[1:], len(spans)]
-    return [Piece(start, stop, *spans[start].tolist()) for start, stop in zip(starts, stops, strict=True)]
+    units = spans[starts].tolist()
+    return [Piece(start, stop, *needed) for start, stop, needed in zip(starts, stops, units, strict=True)]
 
 
 def members_of(name: str, dim: int, pieces: Sequence[Piece], units: int) -> list[Member]:
@@ -262,9 +245,10 @@ def vocabulary_groups(flow: Flow) -> list[UnitGroup]:
 def heads_of(flow: Flow) -> dict[str, str | None]:
     """Weights whose columns the model returns, and their biases."""
     found: dict[str, str | None] = {}
-    escaped = [flow.memory.labels(ref) for ref in flow.trace.outputs]
-    atoms = {int(a) for labels in escaped if labels is not None for a in np.unique(labels).tolist()} - {0}
-    axes: list[Axis] = [a for a in flow.axes if atoms & set(flow.atoms.find(a.atoms).tolist())]
+    labelled = (flow.memory.labels(ref) for ref in flow.trace.outputs)
+    returned = [np.zeros(0, np.int64), *(thin(labels).ravel() for labels in labelled if labels is not None)]
+    atoms = distinct(np.concatenate(returned))
+    axes: list[Axis] = [a for a in flow.axes if np.isin(flow.atoms.find(a.atoms), atoms[atoms != 0]).any()]
     for axis in axes:
         if axis.dim == 0 and len(flow.trace.refs[axis.name].size) == 2:
             found[axis.name] = next(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardwright.plans.flow.atoms import Labels
+from shardwright.plans.flow.atoms import Labels, distinct
 from shardwright.plans.flow.memory import Origin, Root
 from shardwright.plans.flow.products import refs_of
 from shardwright.plans.flow.record import Op, Ref
@@ -83,7 +83,7 @@ def _of_partial_sums(flow: Flow, op: Op, refs: list[Ref], labels: dict[int, Labe
     memory, out = flow.memory, op.outputs[0]
     partial = [ref for ref in refs if (found := labels.get(id(ref))) is not None and (found < 0).any()]
     others = [ref for ref in refs if ref not in partial]
-    numbers = {int(n) for ref in partial for n in np.unique(labels[id(ref)])}  # type: ignore[arg-type]
+    numbers = {int(n) for ref in partial for n in distinct(labels[id(ref)])}  # type: ignore[arg-type]
     stem = op.name.removeprefix("aten.").rstrip("_")
     scalars = [a for a in op.args if isinstance(a, int | float) and not isinstance(a, bool)]
     allowed = False

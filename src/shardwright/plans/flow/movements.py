@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardwright.plans.flow.atoms import Labels
+from shardwright.plans.flow.atoms import Labels, distinct
 from shardwright.plans.flow.memory import Root
 from shardwright.plans.flow.products import refs_of, unknown
 from shardwright.plans.flow.record import Op, Ref
@@ -226,7 +226,7 @@ def insertion(flow: Flow, op: Op) -> None:
         return
     negative = [found for found in (mine, theirs) if found is not None and (found < 0).any()]
     if negative:
-        numbers = {int(n) for found in negative for n in np.unique(found)}
+        numbers = {int(n) for found in negative for n in distinct(found)}
         neutral = (mine is not None or target.storage in memory.zeros) and theirs is not None
         if len(numbers) == 1 and neutral:
             memory.write(out, np.full((1,) * len(out.size), numbers.pop(), dtype=np.int64))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardwright.plans.flow.atoms import Labels
+from shardwright.plans.flow.atoms import Labels, distinct
 from shardwright.plans.flow.memory import Origin, thin
 from shardwright.plans.flow.record import Op, Ref
 from shardwright.plans.flow.state import Closing, Flow, Operand
@@ -174,7 +174,7 @@ def _by_parameter(
     What every rank has gives columns that are cut. What is cut by columns gives partial sums.
     """
     columns = [c for c in candidates if c.shape[2] > 1 and c.shape[1] == 1]
-    columns.sort(key=lambda c: len(np.unique(c)), reverse=True)
+    columns.sort(key=lambda c: len(distinct(c)), reverse=True)
     inner = [c for c in candidates if c.shape[1] > 1 and c.shape[2] == 1]
     batch = [c for c in candidates if c.shape[1] == c.shape[2] == 1]
     mixed = [c for c in candidates if c.shape[1] > 1 and c.shape[2] > 1]
@@ -185,7 +185,7 @@ def _by_parameter(
     data = factor.labels
     if data is not None:
         data = flow.atoms.find(thin(data))
-        if (data <= 0).any() or len(np.unique(data)) == 1:
+        if (data <= 0).any() or len(distinct(data)) == 1:
             flow.whole(data)
             data = None
     if data is None:
@@ -216,7 +216,7 @@ def _by_parameter(
 def _is_one_to_one(candidate: Labels, labels: Labels) -> bool:
     """Whether each part of a weight meets one label, for there may be several ways to cut what is summed over."""
     pairs = np.unique(np.stack([side.ravel() for side in np.broadcast_arrays(candidate, labels)]), axis=1)
-    return bool(len(np.unique(pairs[0])) == pairs.shape[1])
+    return bool(len(distinct(pairs[0])) == pairs.shape[1])
 
 
 def _of_activations(flow: Flow, one: Side, other: Side) -> Labels | None:

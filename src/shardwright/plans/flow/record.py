@@ -12,11 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardwright.plans.flow.meta_results import run_on_meta
 
 MOST_REAL_ELEMENTS = 1 << 22
 """Larger tensors stay on "meta" though they could be computed."""
@@ -134,7 +137,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = str(func).rpartition(".")[0]
+        name = name_of(func)
         tensors = tensors_in((args, kwargs))
         indexes = any(part in name for part in ("index", "gather", "scatter", "embedding"))
 
@@ -142,7 +145,7 @@ class Recorder(TorchDispatchMode):
             return self.ref(value, with_value=indexes) if isinstance(value, Tensor) else value
 
         taken = mapped(args, noted), mapped(kwargs, noted)
-        varies = any(t.device.type == "meta" or self.ref(t).storage in self._varying for t in tensors)
+        varies = any(t.is_meta or self.ref(t).storage in self._varying for t in tensors)
         result = compute(func, name, args, kwargs, tensors)
         made = tensors_in(result)
         outputs = tuple(self.ref(value) for value in made)
@@ -154,12 +157,18 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+@cache
+def name_of(func: Any) -> str:
+    """An operation's name, without its overload."""
+    return str(func).rpartition(".")[0]
+
+
 def compute(func: Any, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
     """Run an operation, of which some tensors may be on "meta" and others not.
 
     Raises: UnknownValueError if its result would be a number, or a shape, that only weights tell.
     """
-    on_meta = any(t.device.type == "meta" for t in tensors)
+    on_meta = any(t.is_meta for t in tensors)
     if is_factory(name) and (on_meta or _is_meta(kwargs.get("device"))):
         return _made_on_cpu(func, args, kwargs)
     if not on_meta:
@@ -167,17 +176,19 @@ def compute(func: Any, name: str, args: Any, kwargs: Any, tensors: Sequence[Tens
     if name in ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"):
         raise UnknownValueError(f"{name} of a tensor that depends on weights")
     target = tensors[0]
-    if name.endswith("_") and target.device.type != "meta":
+    if name.endswith("_") and not target.is_meta:
         return target  # what is written is unknown; where it is written is recorded
     if kwargs.get("device") is not None:
         kwargs = kwargs | {"device": torch.device("meta")}
 
     def moved(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.device.type != "meta":
+        if isinstance(value, Tensor) and not value.is_meta:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         return value
 
-    result = func(*mapped(args, moved), **mapped(kwargs, moved))
+    if not all(t.is_meta for t in tensors):
+        args, kwargs = mapped(args, moved), mapped(kwargs, moved)
+    result = run_on_meta(func, args, kwargs)
     if name not in CHOICES:
         return result
     dim = kwargs.get("dim", next((a for a in args[2 if name == "aten.topk" else 1 :] if type(a) is int), -1))
@@ -259,6 +270,10 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Tensors in lists, tuples and mappings, records of outputs such as Transformers returns among them."""
-    found: list[Tensor] = []
-    mapped(value, lambda item: found.append(item) if isinstance(item, Tensor) else None)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwright.plans.flow.atoms import Atoms, Labels
+from shardwright.plans.flow.atoms import Atoms, Labels, distinct
 from shardwright.plans.flow.memory import Memory, Origin, Root, thin
 from shardwright.plans.flow.record import Ref, Trace
 
@@ -103,7 +103,7 @@ class Flow:
 
     def spoil(self, labels: Labels) -> None:
         """Give up the products whose partial sums are among these: something not linear was done to them."""
-        calls = {-int(label) - 1 for label in np.unique(labels[labels < 0])}
+        calls = {-int(label) - 1 for label in distinct(labels[labels < 0])}
         for closing in self.closings:
             if closing.call in calls:
                 self.atoms.bind(closing.labels, np.zeros(1, dtype=np.int64))
@@ -198,7 +198,7 @@ class Flow:
     def _follow(self, candidate: Labels, labels: Labels, *, shared: bool) -> bool:
         """Have a parameter go with labels: its parts with one label each or, if shared, needed by several each."""
         pairs = np.unique(np.stack([side.ravel() for side in np.broadcast_arrays(candidate, labels)]), axis=1)
-        if len(np.unique(pairs[1])) < 2 or (_repeated(pairs[1]) if shared else _repeated(pairs[0])).any():
+        if len(distinct(pairs[1])) < 2 or (_repeated(pairs[1]) if shared else _repeated(pairs[0])).any():
             return False
         if shared:
             self.atoms.need(pairs[1], pairs[0])

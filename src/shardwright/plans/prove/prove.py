@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from shardwright.plans.prove.report import Divergence, ProofReport
 from shardwright.plans.prove.subject import prepare
 from shardwright.plans.prove.trial import Bench, Trial
 from shardwright.plans.shard import described
+from shardwright.plans.undealt import descriptions
 
 Progress = Callable[[str], None]
 
@@ -27,6 +28,7 @@ def prove_plan(
     *,
     tp: int = 2,
     pp: int = 1,
+    pp_split: Sequence[int] | None = None,
     weights: bool = False,
     seed: int = 0,
     tolerance: float = TOLERANCE,
@@ -42,6 +44,7 @@ def prove_plan(
         plan: to be proved; default: the one that the model carries.
         tp: tensor-parallel ranks.
         pp: pipeline stages.
+        pp_split: layers per stage; default: balanced by bytes. All layers are then proved, of large models too.
         weights: prove it with the weights that the model has; default: with random ones, and large models of
             Transformers on a smaller one of the same structure.
         seed: of random weights and tokens.
@@ -53,14 +56,18 @@ def prove_plan(
     """
     if min(tp, pp) < 1:
         raise PlanError(f"a proof is of 1 rank and 1 stage at least, not tp={tp} and pp={pp}")
+    if pp_split is not None and len(pp_split) != pp:
+        raise PlanError(f"pp split {','.join(map(str, pp_split))} names {len(pp_split)} stages, and pp is {pp}")
     say = progress or (lambda _: None)
     say("running the model as it is")
     names = () if plan is None else (*plan.tp, *plan.pp)
-    subject = prepare(model, tp=tp, pp=pp, names=names, own_weights=weights, seed=seed)
+    subject = prepare(
+        model, tp=tp, pp=pp, names=names, own_weights=weights, seed=seed, keep_layers=pp_split is not None
+    )
     if plan is None:
         plan = plan_of(subject.module)
     say(f"running {tp * pp} ranks")
-    bench = Bench(subject=subject, tp=tp, pp=pp, tolerance=tolerance)
+    bench = Bench(subject=subject, tp=tp, pp=pp, pp_split=pp_split, tolerance=tolerance)
     trial = bench.try_plan(plan)
     notes = list(subject.notes)
     divergence = None
@@ -71,6 +78,7 @@ def prove_plan(
             notes.append(f"{described(misfit, tp)}; every rank holds all of it")
             trial = bench.try_plan(plan, fitted=trial.fitted, whole=(*trial.whole, *misfit.modules))
     verdict = trial.verdict
+    notes += descriptions(trial.table)
     if tp > 1 and all(row.dim is None for row in trial.table.parameters):
         notes.append("the plan cuts no parameter: every rank computes everything")
     if verdict.unmatched:
@@ -98,13 +106,13 @@ def _explained(bench: Bench, trial: Trial, failure: Failure) -> tuple[Divergence
     code does not run on parts, and every rank will hold all of them when it is served.
     """
     blame, message = Blame(None), failure.message
-    alone = trial if bench.pp == 1 else bench.with_stages(1).try_plan(trial.plan, whole=trial.whole)
+    alone = trial if bench.pp == 1 else bench.on_one_stage().try_plan(trial.plan, whole=trial.whole)
     if alone.verdict.failure is None:
         blame = Blame(next((name for name in trial.plan.pp if f"{failure.module}.".startswith(f"{name}.")), None))
         message += "; on one stage the plan holds, so what stages hand over is at fault"
     elif bench.tp > 1:
         failure, message = alone.verdict.failure, alone.verdict.failure.message
-        blame = find_blame(bench.with_stages(1), alone, failure)
+        blame = find_blame(bench.on_one_stage(), alone, failure)
         misfit = _misfit(trial, failure)
         if misfit is not None and blame.cuts_less:
             return None, misfit
@@ -124,8 +132,9 @@ def _misfit(trial: Trial, failure: Failure) -> Misfit | None:
     """What the model's code does not let be cut, if that is why it failed; not if it ran, and gave other numbers."""
     if failure.max_abs_diff is not None:
         return None
-    above = (m for m in trial.fitted.misfits if any(f"{failure.module}.".startswith(f"{n}.") for n in m.modules))
-    return next((misfit for misfit in above if misfit.modules[0] not in trial.whole), None)
+    left = [misfit for misfit in trial.fitted.misfits if misfit.modules[0] not in trial.whole]
+    above = (m for m in left if any(f"{failure.module}.".startswith(f"{n}.") for n in m.modules))
+    return next(above, left[0] if left else None)  # the code that failed may have been given parts by another's
 
 
 def _not_handed_over(unnamed: Unnamed, verdict: Verdict) -> Divergence:

@@ -49,7 +49,7 @@ class Shrunk:
     notes: tuple[str, ...] = ()
 
 
-def shrink(module: nn.Module, *, tp: int, pp: int, names: Collection[str] = ()) -> Shrunk:
+def shrink(module: nn.Module, *, tp: int, pp: int, names: Collection[str] = (), keep_layers: bool = False) -> Shrunk:
     """A smaller model of the same structure, if a model is large; else the model itself.
 
     Args:
@@ -57,6 +57,7 @@ def shrink(module: nn.Module, *, tp: int, pp: int, names: Collection[str] = ()) 
         tp: ranks; what divides by it, or does not, stays so.
         pp: stages; as many layers are left at least.
         names: patterns and names of the plan; layers that they number are left.
+        keep_layers: all layers are left.
 
     Returns: a module with parameters of no particular values.
     Raises: PlanError if the model is too large to be proved and cannot be made smaller.
@@ -65,7 +66,7 @@ def shrink(module: nn.Module, *, tp: int, pp: int, names: Collection[str] = ()) 
     if size <= LARGE:
         return Shrunk(module)
     if isinstance(module, PreTrainedModel):
-        layers = _layers_to_keep(module, max(pp, 2), names)
+        layers = None if keep_layers else _layers_to_keep(module, max(pp, 2), names)
         for extent in EXTENTS:
             config = copy.deepcopy(module.config)
             notes = shrink_config(config, extent, layers=layers, tp=tp)

@@ -52,6 +52,7 @@ def prepare(
     names: Collection[str],
     own_weights: bool,
     seed: int,
+    keep_layers: bool = False,
 ) -> Subject:
     """Make what is proved of a model, which is left as it is.
 
@@ -61,6 +62,7 @@ def prepare(
         names: of the plan.
         own_weights: prove it with the weights that it has.
         seed: of random weights and tokens.
+        keep_layers: a smaller model has as many layers.
 
     Raises: PlanError if it cannot be run: it has no weights of its own, is too large, or its code fails.
     """
@@ -73,7 +75,7 @@ def prepare(
         if is_module:
             module = copy.deepcopy(module)
     else:
-        smaller = shrink(module, tp=tp, pp=pp, names=names)
+        smaller = shrink(module, tp=tp, pp=pp, names=names, keep_layers=keep_layers)
         module, notes = smaller.module, smaller.notes
         fill_randomly(module, seed=seed)
     if missing := next((name for name, buffer in module.named_buffers() if buffer.is_meta), None):

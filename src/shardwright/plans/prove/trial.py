@@ -47,6 +47,8 @@ class Bench:
     subject: Subject
     tp: int
     pp: int
+    pp_split: Sequence[int] | None = None
+    """Layers per stage; None: balanced."""
     tolerance: float
 
     @cached_property
@@ -55,9 +57,9 @@ class Bench:
         groups = unit_groups(self.subject.module, ParallelPlan())
         return groups if groups and all(group.source == "traced" for group in groups) else None
 
-    def with_stages(self, pp: int) -> Bench:
-        """The same with another number of stages."""
-        other = replace(self, pp=pp)
+    def on_one_stage(self) -> Bench:
+        """The same without a pipeline."""
+        other = replace(self, pp=1, pp_split=None)
         other.__dict__["_traced"] = self._traced
         return other
 
@@ -73,7 +75,7 @@ class Bench:
         """
         module = self.subject.module
         groups = self._traced if self._traced is not None else unit_groups(module, plan)
-        table = resolve(module, plan, groups, tp=self.tp, pp=self.pp)
+        table = resolve(module, plan, groups, tp=self.tp, pp=self.pp, pp_split=self.pp_split)
         table = without(table, whole) if whole else table
         pipeline = plan_pipeline(module, table) if self.pp > 1 else None
         if fitted is None:

@@ -45,12 +45,24 @@ def write_plan(plan: ParallelPlan, path: Path, module: nn.Module) -> None:
 
 
 def of_base(plan: ParallelPlan, module: nn.Module) -> dict[str, Any]:
-    """The part of a plan that a config carries: names within the base model."""
+    """The part of a plan that a config carries: names within the base model.
+
+    A table of tokens that is the weight of a head beside the base model is left out where nothing tells Transformers
+    that the head is cut too.
+    """
     prefix = base_prefix(module, ())
     within = f"{prefix}." if prefix else ""
+    outside = {
+        id(parameter)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not name.startswith(within)
+        and name.rpartition(".")[0] not in (getattr(type(module), "_tp_plan", None) or {})
+    }
+    shared = {name for name, held in module.named_modules() if id(getattr(held, "weight", None)) in outside}
 
     def below(entries: dict[str, Any]) -> dict[str, Any]:
         return {name.removeprefix(within): value for name, value in entries.items() if name.startswith(within)}
 
     document = plan.as_document()
-    return {f"base_model_{part}": below(document[part]) for part in ("tp_plan", "pp_plan")}
+    tp = {name: word for name, word in document["tp_plan"].items() if name not in shared}
+    return {"base_model_tp_plan": below(tp), "base_model_pp_plan": below(document["pp_plan"])}

@@ -1,0 +1,61 @@
+// Products of a few tokens with a matrix of weights, bfloat16 or float32: each weight is read from memory once, widened in registers, and
+// used for all tokens. Sums are float32. Included by what offers it; see kernels/linear.py for shapes.
+
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+// Dot products of R rows of weights with T rows of inputs: R * T sums stay in registers over the whole row.
+template <int R, int T, typename W>
+inline void tile(const W* weight, const float* input, size_t inner, float* out, size_t out_stride) {
+    Vector sums[R][T];
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) sums[r][t] = splat(0.0f);
+    size_t k = 0;
+    for (; k + LANES <= inner; k += LANES) {
+        Vector w[R];
+        for (int r = 0; r < R; ++r) w[r] = load(weight + r * inner + k);
+        for (int t = 0; t < T; ++t) {
+            Vector x = load(input + t * inner + k);
+            for (int r = 0; r < R; ++r) sums[r][t] = fma(w[r], x, sums[r][t]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) {
+            float total = sum(sums[r][t]);
+            for (size_t rest = k; rest < inner; ++rest) total += widen(weight[r * inner + rest]) * input[t * inner + rest];
+            out[t * out_stride + r] = total;
+        }
+}
+
+// R rows of weights with all tokens.
+template <int R, typename W>
+inline void rows(const W* weight, const float* input, int64_t tokens, int64_t inner, float* out, size_t out_stride) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) tile<R, 4>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
+    for (; t + 2 <= tokens; t += 2) tile<R, 2>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
+    for (; t < tokens; ++t) tile<R, 1>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
+}
+
+// input [tokens, inner] and weight [outer, inner], both contiguous; tokens at most MOST. emit(token, output feature, sum) takes what comes out.
+template <int MOST, typename W, typename Emit>
+void multiply(const float* input, const W* weight, int64_t tokens, int64_t inner, int64_t outer, Emit emit) {
+    constexpr int BLOCK = 24, FEW = 4, MANY = 3;  // rows at once: enough sums to hide latency, few enough for AVX2's registers
+    const int64_t num_blocks = (outer + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < num_blocks; ++block) {
+        const int64_t first = block * BLOCK, last = first + BLOCK < outer ? first + BLOCK : outer;
+        float sums[MOST * BLOCK];
+        int64_t n = first;
+        if (tokens == 1)
+            for (; n + FEW <= last; n += FEW) rows<FEW>(weight + n * inner, input, tokens, inner, sums + (n - first), BLOCK);
+        for (; n + MANY <= last; n += MANY) rows<MANY>(weight + n * inner, input, tokens, inner, sums + (n - first), BLOCK);
+        for (; n < last; ++n) rows<1>(weight + n * inner, input, tokens, inner, sums + (n - first), BLOCK);
+        for (int64_t t = 0; t < tokens; ++t)
+            for (n = first; n < last; ++n) emit(t, n, sums[t * BLOCK + (n - first)]);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,502 @@
+// Carries out a recorded step: a list of operations on tensors that lie in one arena, in the weights or in the KV cache. Every operation
+// computes in float32 and rounds once, as torch's own do. Plain C interface, no torch headers; replay/instructions.py writes the list.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace {
+
+constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_TOKENS = 64;
+constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
+constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
+
+enum Type : int64_t { F32, BF16, I64, BOOL, I32 };
+
+struct View {
+    char* data;
+    int64_t type, dims;
+    int64_t size[MOST_DIMS], stride[MOST_DIMS];  // strides in elements
+};
+
+// As replay/instructions.py numbers them.
+enum Operation : int64_t {
+    HOST,
+    COPY, NEG, ABS, EXP, LOG, SQRT, RSQRT, RECIPROCAL, SIN, COS, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, ERF, SQUARE,
+    ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, POW,
+    WHERE,
+    SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, RMS_NORM,
+    ROWS, LINEAR, LINEAR_TRANSPOSED, PRODUCT,
+    WRITE_CACHE, ATTENTION,
+};
+
+struct Instruction {
+    int64_t operation;
+    int64_t value[MOST_VALUES];
+    View tensor[MOST_TENSORS];  // the first is the output
+};
+
+// What a step brings for each group of layers that share block tables.
+struct Group {
+    const int64_t* slots;
+    const int32_t* tables;
+    int64_t table_stride;
+    const int64_t *first, *last;
+};
+
+inline int64_t bytes(int64_t type) {
+    switch (type) {
+        case F32: case I32: return 4;
+        case BF16: return 2;
+        case I64: return 8;
+        default: return 1;
+    }
+}
+
+inline float as_float(int64_t bits) {
+    const int32_t low = static_cast<int32_t>(bits);
+    float value;
+    std::memcpy(&value, &low, sizeof value);
+    return value;
+}
+
+template <typename T>
+inline void widen_row(const T* from, int64_t stride, int64_t count, float* to) {
+    if (stride == 1) for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    else for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i * stride]);
+}
+
+inline void load_row(const char* data, int64_t type, int64_t stride, int64_t count, float* to) {
+    if (type == BF16) {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(data);
+        if (stride == 1) for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+        else for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i * stride]);
+    }
+    else if (type == F32) widen_row(reinterpret_cast<const float*>(data), stride, count, to);
+    else if (type == I64) widen_row(reinterpret_cast<const int64_t*>(data), stride, count, to);
+    else if (type == I32) widen_row(reinterpret_cast<const int32_t*>(data), stride, count, to);
+    else widen_row(reinterpret_cast<const uint8_t*>(data), stride, count, to);
+}
+
+inline void store_row(const float* from, int64_t count, char* data, int64_t type, int64_t stride) {
+    if (type == BF16) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(data);
+        if (stride == 1) for (int64_t i = 0; i < count; ++i) to[i] = narrow(from[i]);
+        else for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow(from[i]);
+    } else {
+        float* to = reinterpret_cast<float*>(data);
+        for (int64_t i = 0; i < count; ++i) to[i * stride] = from[i];
+    }
+}
+
+// exp by 2^n * e^r with |r| <= ln 2 / 2 and a polynomial for e^r (Cephes' expf), written so that compilers vectorise it.
+inline float exponential(float x) {
+    const float clamped = std::min(std::max(x, -104.0f), 88.72284f);
+    const float n = std::nearbyint(clamped * 1.44269504f);
+    const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // In two factors: a single one would not hold 2^n for subnormal results or the largest
+    const int32_t whole = static_cast<int32_t>(n), half = whole / 2;
+    const int32_t high_bits = (half + 127) << 23, low_bits = (whole - half + 127) << 23;
+    float high, low;
+    std::memcpy(&high, &high_bits, sizeof high);
+    std::memcpy(&low, &low_bits, sizeof low);
+    const float result = p * high * low;
+    return x > 88.72284f ? INFINITY : x < -104.0f ? 0.0f : x != x ? x : result;
+}
+
+template <typename F>
+inline void each(int64_t count, float* a, F f) {
+    for (int64_t i = 0; i < count; ++i) a[i] = f(a[i]);
+}
+
+// a becomes the result of an operation on a, b and c.
+void compute_row(int64_t operation, int64_t count, float* a, const float* b, const float* c) {
+    switch (operation) {
+        case COPY: break;
+        case NEG: each(count, a, [](float x) { return -x; }); break;
+        case ABS: each(count, a, [](float x) { return std::fabs(x); }); break;
+        case EXP: each(count, a, exponential); break;
+        case LOG: each(count, a, [](float x) { return std::log(x); }); break;
+        case SQRT: each(count, a, [](float x) { return std::sqrt(x); }); break;
+        case RSQRT: each(count, a, [](float x) { return 1.0f / std::sqrt(x); }); break;
+        case RECIPROCAL: each(count, a, [](float x) { return 1.0f / x; }); break;
+        case SIN: each(count, a, [](float x) { return std::sin(x); }); break;
+        case COS: each(count, a, [](float x) { return std::cos(x); }); break;
+        case TANH: each(count, a, [](float x) { return std::tanh(x); }); break;
+        case SIGMOID: each(count, a, [](float x) { return 1.0f / (1.0f + exponential(-x)); }); break;
+        case SILU: each(count, a, [](float x) { return x / (1.0f + exponential(-x)); }); break;
+        case GELU: each(count, a, [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }); break;
+        case GELU_TANH:
+            each(count, a, [](float x) { return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); });
+            break;
+        case RELU: each(count, a, [](float x) { return x < 0.0f ? 0.0f : x; }); break;
+        case ERF: each(count, a, [](float x) { return std::erf(x); }); break;
+        case SQUARE: each(count, a, [](float x) { return x * x; }); break;
+        case ADD: for (int64_t i = 0; i < count; ++i) a[i] = a[i] + b[i]; break;
+        case SUB: for (int64_t i = 0; i < count; ++i) a[i] = a[i] - b[i]; break;
+        case MUL: for (int64_t i = 0; i < count; ++i) a[i] = a[i] * b[i]; break;
+        case DIV: for (int64_t i = 0; i < count; ++i) a[i] = a[i] / b[i]; break;
+        case MAXIMUM: for (int64_t i = 0; i < count; ++i) a[i] = a[i] > b[i] || a[i] != a[i] ? a[i] : b[i]; break;
+        case MINIMUM: for (int64_t i = 0; i < count; ++i) a[i] = a[i] < b[i] || a[i] != a[i] ? a[i] : b[i]; break;
+        case POW: for (int64_t i = 0; i < count; ++i) a[i] = std::pow(a[i], b[i]); break;
+        case WHERE: for (int64_t i = 0; i < count; ++i) a[i] = a[i] != 0.0f ? b[i] : c[i]; break;
+        default: std::abort();
+    }
+}
+
+// Merges dimensions that all tensors step through evenly. The last dimension is the one of the rows.
+int merge(View* views, int count) {
+    int dims = 0;
+    for (int64_t d = 0; d < views[0].dims; ++d) {
+        if (views[0].size[d] == 1) continue;
+        bool joins = dims > 0;
+        for (int v = 0; v < count && joins; ++v) joins = views[v].stride[dims - 1] == views[v].stride[d] * views[0].size[d];
+        if (joins) {
+            views[0].size[dims - 1] *= views[0].size[d];
+            for (int v = 0; v < count; ++v) views[v].stride[dims - 1] = views[v].stride[d];
+        } else {
+            views[0].size[dims] = views[0].size[d];
+            for (int v = 0; v < count; ++v) views[v].stride[dims] = views[v].stride[d];
+            ++dims;
+        }
+    }
+    if (dims == 0) {
+        views[0].size[0] = 1;
+        for (int v = 0; v < count; ++v) views[v].stride[0] = 1;
+        dims = 1;
+    }
+    return dims;
+}
+
+// Elementwise, over the output's shape; inputs step by 0 where they are broadcast.
+void elementwise(int64_t operation, const View* tensors, int inputs) {
+    View views[MOST_TENSORS];
+    for (int v = 0; v <= inputs; ++v) views[v] = tensors[v];
+    const int dims = merge(views, inputs + 1);
+    const int64_t length = views[0].size[dims - 1];
+    int64_t outer = 1;
+    for (int d = 0; d + 1 < dims; ++d) outer *= views[0].size[d];
+    const int64_t chunks = (length + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) if (outer * length >= WORTH_THREADS)
+    for (int64_t task = 0; task < outer * chunks; ++task) {
+        alignas(64) float row[3][CHUNK];
+        const int64_t start = task % chunks * CHUNK, count = std::min(CHUNK, length - start);
+        int64_t rest = task / chunks, offset[MOST_TENSORS] = {0, 0, 0, 0};
+        for (int d = dims - 2; d >= 0; --d) {
+            const int64_t place = rest % views[0].size[d];
+            rest /= views[0].size[d];
+            for (int v = 0; v <= inputs; ++v) offset[v] += place * views[v].stride[d];
+        }
+        for (int v = 0; v <= inputs; ++v) offset[v] += start * views[v].stride[dims - 1];
+        for (int v = 1; v <= inputs; ++v)
+            load_row(views[v].data + offset[v] * bytes(views[v].type), views[v].type, views[v].stride[dims - 1], count, row[v - 1]);
+        compute_row(operation, count, row[0], row[1], row[2]);
+        store_row(row[0], count, views[0].data + offset[0] * bytes(views[0].type), views[0].type, views[0].stride[dims - 1]);
+    }
+}
+
+// Copies of what is no number: of the same type on both sides.
+void move(const View& to, const View& from) {
+    const int64_t size = bytes(to.type);
+    int64_t total = 1;
+    for (int64_t d = 0; d < to.dims; ++d) total *= to.size[d];
+    for (int64_t i = 0; i < total; ++i) {
+        int64_t rest = i, target = 0, source = 0;
+        for (int64_t d = to.dims - 1; d >= 0; --d) {
+            const int64_t place = rest % to.size[d];
+            rest /= to.size[d];
+            target += place * to.stride[d];
+            source += place * from.stride[d];
+        }
+        std::memcpy(to.data + target * size, from.data + source * size, size);
+    }
+}
+
+void copy(const View& to, const View& from) {
+    if (to.type == F32 || to.type == BF16) {
+        const View views[2] = {to, from};
+        elementwise(COPY, views, 1);
+    } else {
+        move(to, from);
+    }
+}
+
+// Calls f(output row, input rows...) for every row along the last dimension.
+template <typename F>
+void each_row(const View& out, const View& in, F f) {
+    int64_t outer = 1;
+    const int64_t length = in.dims ? in.size[in.dims - 1] : 1;
+    for (int64_t d = 0; d + 1 < in.dims; ++d) outer *= in.size[d];
+#pragma omp parallel for schedule(static) if (outer * length >= WORTH_THREADS)
+    for (int64_t i = 0; i < outer; ++i) {
+        thread_local std::vector<float> scratch;
+        scratch.resize(length);
+        int64_t rest = i, target = 0, source = 0;
+        for (int64_t d = in.dims - 2; d >= 0; --d) {
+            const int64_t place = rest % in.size[d];
+            rest /= in.size[d];
+            target += place * out.stride[d];
+            source += place * in.stride[d];
+        }
+        load_row(in.data + source * bytes(in.type), in.type, in.dims ? in.stride[in.dims - 1] : 1, length, scratch.data());
+        f(scratch.data(), length, out.data + target * bytes(out.type));
+    }
+}
+
+float sum_of(const float* row, int64_t length) {
+    float lanes[16] = {0};  // several sums, as torch has, keep rounding small
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16)
+        for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += row[i + lane];
+    for (; i < length; ++i) lanes[i % 16] += row[i];
+    float total = 0.0f;
+    for (float lane : lanes) total += lane;
+    return total;
+}
+
+void reduce(int64_t operation, const View& out, const View& in) {
+    each_row(out, in, [&](float* row, int64_t length, char* place) {
+        float result;
+        if (operation == AMAX) result = *std::max_element(row, row + length);
+        else result = sum_of(row, length) / (operation == MEAN ? static_cast<float>(length) : 1.0f);
+        store_row(&result, 1, place, out.type, 1);
+    });
+}
+
+void softmax(const View& out, const View& in) {
+    each_row(out, in, [&](float* row, int64_t length, char* place) {
+        const float largest = *std::max_element(row, row + length);
+        for (int64_t i = 0; i < length; ++i) row[i] = exponential(row[i] - largest);
+        const float total = sum_of(row, length);
+        for (int64_t i = 0; i < length; ++i) row[i] /= total;
+        store_row(row, length, place, out.type, out.dims ? out.stride[out.dims - 1] : 1);
+    });
+}
+
+// LAYER_NORM takes the mean off, RMS_NORM does not. Weight and bias may be missing (no dimensions of size).
+void normalize(bool centred, float epsilon, const View* t) {
+    const View &out = t[0], &in = t[1];
+    each_row(out, in, [&](float* row, int64_t length, char* place) {
+        thread_local std::vector<float> factors;
+        factors.resize(length);
+        if (centred) {
+            const float mean = sum_of(row, length) / static_cast<float>(length);
+            for (int64_t i = 0; i < length; ++i) row[i] -= mean;
+        }
+        for (int64_t i = 0; i < length; ++i) factors[i] = row[i] * row[i];
+        const float scale = 1.0f / std::sqrt(sum_of(factors.data(), length) / static_cast<float>(length) + epsilon);
+        for (int64_t i = 0; i < length; ++i) row[i] *= scale;
+        if (t[2].data) {
+            load_row(t[2].data, t[2].type, 1, length, factors.data());
+            for (int64_t i = 0; i < length; ++i) row[i] *= factors[i];
+        }
+        if (t[3].data) {
+            load_row(t[3].data, t[3].type, 1, length, factors.data());
+            for (int64_t i = 0; i < length; ++i) row[i] += factors[i];
+        }
+        store_row(row, length, place, out.type, out.stride[out.dims - 1]);
+    });
+}
+
+// out[i..., :] = table[index[i...], :]. Returns whether every index is one.
+bool take_rows(const View& out, const View& table, const View& index) {
+    int64_t count = 1;
+    for (int64_t d = 0; d < index.dims; ++d) count *= index.size[d];
+    View to = out, from = table;
+    to.dims = from.dims = table.dims - 1;
+    for (int64_t d = 0; d < to.dims; ++d) {
+        to.size[d] = from.size[d] = table.size[d + 1];
+        to.stride[d] = out.stride[index.dims + d];
+        from.stride[d] = table.stride[d + 1];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t rest = i, target = 0, source = 0;
+        for (int64_t d = index.dims - 1; d >= 0; --d) {
+            const int64_t place = rest % index.size[d];
+            rest /= index.size[d];
+            target += place * out.stride[d];
+            source += place * index.stride[d];
+        }
+        int64_t row = reinterpret_cast<const int64_t*>(index.data)[source];
+        if (row < 0) row += table.size[0];
+        if (row < 0 || row >= table.size[0]) return false;
+        to.data = out.data + target * bytes(out.type);
+        from.data = table.data + row * table.stride[0] * bytes(table.type);
+        copy(to, from);
+    }
+    return true;
+}
+
+const float* widened(const View& matrix, std::vector<float>& scratch) {
+    const int64_t rows = matrix.size[0], length = matrix.size[1];
+    scratch.resize(rows * length);
+    for (int64_t r = 0; r < rows; ++r)
+        load_row(matrix.data + r * matrix.stride[0] * bytes(matrix.type), matrix.type, matrix.stride[1], length, scratch.data() + r * length);
+    return scratch.data();
+}
+
+inline float element(const View& vector, int64_t i) {
+    float value;
+    load_row(vector.data + i * bytes(vector.type), vector.type, 1, 1, &value);
+    return value;
+}
+
+// out [M, N] = x [M, K] @ weight [N, K].T + bias [N]; rows of the weight contiguous.
+void linear(const View* t) {
+    thread_local std::vector<float> scratch;
+    const View &out = t[0], &x = t[1], &weight = t[2], &bias = t[3];
+    const float* input = widened(x, scratch);
+    const auto emit = [&](int64_t m, int64_t n, float sum) {
+        if (bias.data) sum += element(bias, n);
+        if (out.type == BF16) reinterpret_cast<uint16_t*>(out.data)[m * out.stride[0] + n * out.stride[1]] = narrow(sum);
+        else reinterpret_cast<float*>(out.data)[m * out.stride[0] + n * out.stride[1]] = sum;
+    };
+    const int64_t inner = x.size[1], outer = out.size[1];
+    for (int64_t first = 0; first < x.size[0]; first += MOST_TOKENS) {
+        const int64_t tokens = std::min<int64_t>(MOST_TOKENS, x.size[0] - first);
+        const auto shifted = [&](int64_t m, int64_t n, float sum) { emit(first + m, n, sum); };
+        if (weight.type == BF16)
+            multiply<MOST_TOKENS>(input + first * inner, reinterpret_cast<const uint16_t*>(weight.data), tokens, inner, outer, shifted);
+        else
+            multiply<MOST_TOKENS>(input + first * inner, reinterpret_cast<const float*>(weight.data), tokens, inner, outer, shifted);
+    }
+}
+
+// out [M, N] = x [M, K] @ weight [K, N] + bias [N]; rows of the weight contiguous.
+void linear_transposed(const View* t) {
+    thread_local std::vector<float> scratch;
+    constexpr int64_t WIDTH = 64;
+    const View &out = t[0], &x = t[1], &weight = t[2], &bias = t[3];
+    const float* input = widened(x, scratch);
+    const int64_t tokens = x.size[0], inner = x.size[1], outer = out.size[1], blocks = (outer + WIDTH - 1) / WIDTH;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = block * WIDTH, width = std::min(WIDTH, outer - first);
+        alignas(64) float row[WIDTH], sums[MOST_TOKENS][WIDTH];
+        for (int64_t base = 0; base < tokens; base += MOST_TOKENS) {
+            const int64_t count = std::min<int64_t>(MOST_TOKENS, tokens - base);
+            for (int64_t m = 0; m < count; ++m) {
+                std::fill(sums[m], sums[m] + WIDTH, 0.0f);
+                if (bias.data) load_row(bias.data + first * bytes(bias.type), bias.type, 1, width, sums[m]);
+            }
+            for (int64_t k = 0; k < inner; ++k) {
+                load_row(weight.data + (k * weight.stride[0] + first) * bytes(weight.type), weight.type, 1, width, row);
+                for (int64_t m = 0; m < count; ++m) {
+                    const float factor = input[(base + m) * inner + k];
+                    for (int64_t n = 0; n < width; ++n) sums[m][n] += factor * row[n];
+                }
+            }
+            for (int64_t m = 0; m < count; ++m)
+                store_row(sums[m], width, out.data + ((base + m) * out.stride[0] + first * out.stride[1]) * bytes(out.type), out.type, out.stride[1]);
+        }
+    }
+}
+
+// out [B, M, N] = a [B, M, K] @ b [B, K, N], small and of any layout.
+void product(const View* t) {
+    const View &out = t[0], &a = t[1], &b = t[2];
+    const int64_t batches = out.size[0], rows = out.size[1], columns = out.size[2], inner = a.size[2];
+#pragma omp parallel for schedule(static) if (batches * rows * columns * inner >= WORTH_THREADS)
+    for (int64_t task = 0; task < batches * rows; ++task) {
+        thread_local std::vector<float> sums, row, left;
+        sums.assign(columns, 0.0f);
+        row.resize(columns);
+        left.resize(inner);
+        const int64_t batch = task / rows, m = task % rows;
+        load_row(a.data + (batch * a.stride[0] + m * a.stride[1]) * bytes(a.type), a.type, a.stride[2], inner, left.data());
+        for (int64_t k = 0; k < inner; ++k) {
+            load_row(b.data + (batch * b.stride[0] + k * b.stride[1]) * bytes(b.type), b.type, b.stride[2], columns, row.data());
+            for (int64_t n = 0; n < columns; ++n) sums[n] += left[k] * row[n];
+        }
+        store_row(sums.data(), columns, out.data + (batch * out.stride[0] + m * out.stride[1]) * bytes(out.type), out.type, out.stride[2]);
+    }
+}
+
+// [T, heads, dim] of the step to rows of the cache; values: cache, elements from row to row.
+void write_cache(const View& from, char* cache, int64_t row_stride, const int64_t* slots) {
+    View to = from, one = from;
+    to.dims = one.dims = 2;
+    for (int d = 0; d < 2; ++d) {
+        to.size[d] = one.size[d] = from.size[d + 1];
+        one.stride[d] = from.stride[d + 1];
+    }
+    to.stride[0] = from.size[2];
+    to.stride[1] = 1;
+    for (int64_t token = 0; token < from.size[0]; ++token) {
+        to.data = cache + slots[token] * row_stride * bytes(to.type);
+        one.data = from.data + token * from.stride[0] * bytes(from.type);
+        copy(to, one);
+    }
+}
+
+template <typename T>
+void attention(const Instruction& in, const Group& group) {
+    thread_local std::vector<T> query, result;
+    const View &out = in.tensor[0], &q = in.tensor[1];
+    const int64_t sequences = q.size[0], heads = q.size[1], dim = q.size[2], value_dim = out.size[2], kv_heads = in.value[6];
+    query.resize(sequences * heads * dim);
+    View packed = q;
+    packed.data = reinterpret_cast<char*>(query.data());
+    packed.stride[0] = heads * dim;
+    packed.stride[1] = dim;
+    packed.stride[2] = 1;
+    copy(packed, q);
+    result.resize(sequences * heads * value_dim);
+    const Shape shape{kv_heads, heads / kv_heads, dim, value_dim, in.value[5], in.value[3], in.value[4],
+                      as_float(in.value[7]), as_float(in.value[8]), in.value[11]};
+    decode(shape, sequences, query.data(), reinterpret_cast<const T*>(in.value[1]), reinterpret_cast<const T*>(in.value[2]),
+           group.tables, group.table_stride, group.first, group.last, reinterpret_cast<const float*>(in.value[9]),
+           reinterpret_cast<const float*>(in.value[10]), result.data());
+    View from = out;
+    from.data = reinterpret_cast<char*>(result.data());
+    from.stride[0] = heads * value_dim;
+    from.stride[1] = value_dim;
+    from.stride[2] = 1;
+    copy(out, from);
+}
+
+}  // namespace
+
+// Runs instructions from `start` on. Returns the number of instructions when done, that of the first HOST instruction that is met, or
+// -1 - the number of one with an index that is out of range.
+extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
+    for (int64_t i = start; i < count; ++i) {
+        const Instruction& in = instructions[i];
+        const View* t = in.tensor;
+        switch (in.operation) {
+            case HOST: return i;
+            case COPY: copy(t[0], t[1]); break;
+            case SUM: case MEAN: case AMAX: reduce(in.operation, t[0], t[1]); break;
+            case SOFTMAX: softmax(t[0], t[1]); break;
+            case LAYER_NORM: normalize(true, as_float(in.value[0]), t); break;
+            case RMS_NORM: normalize(false, as_float(in.value[0]), t); break;
+            case ROWS: if (!take_rows(t[0], t[1], t[2])) return -1 - i; break;
+            case LINEAR: linear(t); break;
+            case LINEAR_TRANSPOSED: linear_transposed(t); break;
+            case PRODUCT: product(t); break;
+            case WRITE_CACHE: {
+                const Group& group = groups[in.value[0]];
+                write_cache(t[1], reinterpret_cast<char*>(in.value[1]), in.value[3], group.slots);
+                write_cache(t[2], reinterpret_cast<char*>(in.value[2]), in.value[4], group.slots);
+                break;
+            }
+            case ATTENTION:
+                if (t[1].type == BF16) attention<uint16_t>(in, groups[in.value[0]]);
+                else attention<float>(in, groups[in.value[0]]);
+                break;
+            default: elementwise(in.operation, t, in.operation == WHERE ? 3 : in.operation >= ADD ? 2 : 1);
+        }
+    }
+    return count;
+}

@@ -1,0 +1,249 @@
+"""Sizes as functions of the number of tokens, found by comparing traces of steps of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.errors import UnsupportedModelError
+from shardwright.replay.trace import Attend, SeenCall, SeenTensor, Trace, WriteCache, mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """base + slope * T for a step of T tokens."""
+
+    base: int
+    slope: int = 0
+
+    def at(self, num_tokens: int) -> int:
+        """For a step of so many tokens."""
+        return self.base + self.slope * num_tokens
+
+    def __add__(self, other: Affine) -> Affine:
+        return Affine(self.base + other.base, self.slope + other.slope)
+
+    def __mul__(self, factor: int) -> Affine:
+        return Affine(self.base * factor, self.slope * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor of a recording: where it lies and how, for any number of tokens."""
+
+    storage: int
+    dtype: torch.dtype
+    sizes: tuple[Affine, ...]
+    strides: tuple[Affine, ...]
+    offset: Affine
+    """In elements."""
+
+    def at(self, num_tokens: int) -> tuple[list[int], list[int], int]:
+        """Sizes, strides and offset for a step of so many tokens."""
+        return (
+            [s.at(num_tokens) for s in self.sizes],
+            [s.at(num_tokens) for s in self.strides],
+            self.offset.at(num_tokens),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operation of a recording, as SeenCall; ints that depend on the number of tokens are Affine."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What steps of several sizes have in common."""
+
+    calls: list[Call]
+    storage_bytes: list[Affine]
+    """By the number of a storage."""
+    constants: dict[int, Tensor]
+    """Tensors that are there before the step, by the number of their storage: weights, buffers, tables."""
+    inputs: dict[str, int]
+    output: Place
+
+
+MOST_CONSTANT_ELEMENTS = 1 << 16
+"""Of a tensor that code makes anew in each step, with the same numbers: more are not compared."""
+
+
+def common_recording(traces: Sequence[Trace]) -> Recording:
+    """What traces have in common.
+
+    Args:
+        traces: of steps of different sizes, at least three; or of one size, for a recording of that size alone.
+
+    Raises: UnsupportedModelError if they are not alike, or depend on the number of tokens in another way.
+    """
+    lengths = [trace.num_tokens for trace in traces]
+    traces = [pruned(trace) for trace in traces]
+    first = traces[0]
+    if any(len(trace.calls) != len(first.calls) or len(trace.tensors) != len(first.tensors) for trace in traces):
+        raise UnsupportedModelError("its code does not do the same in every step")
+    calls = [_common_call([trace.calls[i] for trace in traces], lengths) for i in range(len(first.calls))]
+    produced = _produced(first)
+    constants = {}
+    for number in range(len(first.tensors)):
+        if number not in produced and number not in first.inputs.values():
+            constants[number] = _common_constant([trace.tensors[number] for trace in traces])
+    sizes = [
+        _fit([trace.tensors[number].untyped_storage().nbytes() for trace in traces], lengths)
+        for number in range(len(first.tensors))
+    ]
+    output = _common([trace.output for trace in traces], lengths)
+    return Recording(calls, sizes, constants, first.inputs, output)
+
+
+def pruned(trace: Trace) -> Trace:
+    """A trace without what has no effect: views, and numbers that nobody uses, such as masks for attention of ours.
+
+    Storages get new numbers, in the order in which they are still seen.
+    """
+    assert trace.output is not None
+    live = {trace.output.storage}
+    calls: list[SeenCall] = []
+    for call in reversed(trace.calls):
+        outputs = {tensor.storage for tensor in tensors_in(call.output, SeenTensor)}
+        inputs = {tensor.storage for tensor in tensors_in((call.args, call.kwargs), SeenTensor)}
+        if (
+            isinstance(call.function, WriteCache)
+            or not outputs
+            or (outputs & live and not _is_view(call, inputs, outputs))
+        ):
+            calls.append(call)
+            live |= inputs
+    calls.reverse()
+    numbers: dict[int, int] = {number: place for place, number in enumerate(trace.inputs.values())}
+
+    def renumbered(tensor: SeenTensor) -> SeenTensor:
+        return replace(tensor, storage=numbers.setdefault(tensor.storage, len(numbers)))
+
+    kept = [
+        SeenCall(
+            call.function, *(mapped(tree, SeenTensor, renumbered) for tree in (call.args, call.kwargs, call.output))
+        )
+        for call in calls
+    ]
+    output = renumbered(trace.output)
+    tensors = [trace.tensors[number] for number in numbers]
+    return Trace(trace.num_tokens, kept, tensors, {name: numbers[n] for name, n in trace.inputs.items()}, output)
+
+
+def _is_view(call: SeenCall, inputs: set[int], outputs: set[int]) -> bool:
+    """Whether a call only looks at one of its arguments in another way."""
+    if isinstance(call.function, Attend | WriteCache):
+        return False
+    writes = any(a.alias_info is not None and a.alias_info.is_write for a in call.function._schema.arguments)  # type: ignore[attr-defined]
+    return not writes and outputs <= inputs
+
+
+def _produced(trace: Trace) -> set[int]:
+    """Storages that a step makes."""
+    seen: set[int] = set(trace.inputs.values())
+    produced: set[int] = set()
+    for call in trace.calls:
+        seen.update(
+            tensor.storage
+            for tensor in tensors_in((call.args, call.kwargs), SeenTensor)
+            if tensor.storage not in produced
+        )
+        produced.update(tensor.storage for tensor in tensors_in(call.output, SeenTensor) if tensor.storage not in seen)
+    return produced
+
+
+def tensors_in(tree: Any, kind: type[Any]) -> list[Any]:
+    """All of a kind in nested lists, tuples and dicts."""
+    if isinstance(tree, kind):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [found for item in tree for found in tensors_in(item, kind)]
+
+
+def _common_constant(tensors: list[Tensor]) -> Tensor:
+    """A tensor that is the same one in every trace, or has the same numbers in each."""
+    first = tensors[0]
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1:
+        return first
+    wholes = [torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()) for t in tensors]
+    if wholes[0].numel() > MOST_CONSTANT_ELEMENTS or not all(torch.equal(wholes[0], whole) for whole in wholes):
+        raise UnsupportedModelError("its code keeps something from step to step")
+    return first
+
+
+def _common_call(calls: list[SeenCall], lengths: list[int]) -> Call:
+    function = calls[0].function
+    for call in calls[1:]:
+        is_same = (
+            function == call.function if not isinstance(function, Attend) else _same_attention(function, call.function)
+        )
+        if not is_same:
+            raise UnsupportedModelError("its code does not do the same in every step")
+    try:
+        return Call(
+            function,
+            *(_common([getattr(call, name) for call in calls], lengths) for name in ("args", "kwargs", "output")),
+        )
+    except UnsupportedModelError as exc:
+        raise UnsupportedModelError(f"{exc} ({function})") from None
+
+
+def _same_attention(one: Attend, other: Any) -> bool:
+    return isinstance(other, Attend) and one.layer == other.layer and one.params is other.params
+
+
+def _common(values: list[Any], lengths: list[int]) -> Any:
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise UnsupportedModelError("its code does not do the same in every step")
+    if isinstance(first, SeenTensor):
+        if len({(value.storage, value.dtype, len(value.sizes)) for value in values}) > 1:
+            raise UnsupportedModelError("its code does not do the same in every step")
+        sizes, strides = (
+            [_common(list(row), lengths) for row in zip(*items, strict=True)]
+            for items in ([value.sizes for value in values], [value.strides for value in values])
+        )
+        offset = _fit([value.offset for value in values], lengths)
+        return Place(first.storage, first.dtype, tuple(map(_affine, sizes)), tuple(map(_affine, strides)), offset)
+    if isinstance(first, list | tuple):
+        if len({len(value) for value in values}) > 1:
+            raise UnsupportedModelError("its code does not do the same in every step")
+        items = [_common(list(row), lengths) for row in zip(*values, strict=True)]
+        return tuple(items) if isinstance(first, tuple) else items
+    if isinstance(first, dict):
+        if any(value.keys() != first.keys() for value in values):
+            raise UnsupportedModelError("its code does not do the same in every step")
+        return {key: _common([value[key] for value in values], lengths) for key in first}
+    if type(first) is int:
+        found = _fit(values, lengths)
+        return found if found.slope else found.base
+    if any(value is not first and value != first for value in values):
+        raise UnsupportedModelError("its code depends on something else than the number of tokens")
+    return first
+
+
+def _affine(value: int | Affine) -> Affine:
+    return value if isinstance(value, Affine) else Affine(value)
+
+
+def _fit(values: list[int], lengths: list[int]) -> Affine:
+    if len(set(values)) == 1:
+        return Affine(values[0])
+    slope, rest = divmod(values[1] - values[0], (lengths[1] - lengths[0]) or 1)
+    found = Affine(values[0] - slope * lengths[0], slope)
+    if rest or any(found.at(length) != value for value, length in zip(values, lengths, strict=True)):
+        raise UnsupportedModelError("its code depends on the number of tokens in a way of its own")
+    return found

@@ -1,0 +1,279 @@
+"""A recorded step, ready to be carried out again and again."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shardwright.adapt.served_model import ForwardInputs
+from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.native import NativePlan
+from shardwright.errors import UnsupportedModelError
+from shardwright.kernels.jit import native_library
+from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
+from shardwright.replay.arena import plan_arena
+from shardwright.replay.instructions import FLOATS, MOST_VALUES, Instruction, Operation, bits_of, encode
+from shardwright.replay.lower import Lowering
+from shardwright.replay.trace import Attend, WriteCache, mapped
+
+LISTS_KEPT = 4
+"""Numbers of tokens for which the list of instructions is kept."""
+
+
+class OutOfRangeError(Exception):
+    """Some index or shape in a step was another than those recorded: the code would have done something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CacheUse:
+    """An instruction that has to do with the KV cache."""
+
+    row: int
+    layer: int
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    """[H] and [H, N] float32, contiguous."""
+
+
+class Program:
+    """A step of one token for each of T sequences.
+
+    Args:
+        recording: of the step.
+        most_tokens: largest T it is to be carried out for.
+
+    Raises: UnsupportedModelError if it asks for something that cannot be repeated.
+    """
+
+    def __init__(self, recording: Recording, *, most_tokens: int) -> None:
+        library = native_library("replay")
+        if library is None:
+            raise UnsupportedModelError("there is no C++ compiler")
+        library.replay.restype = ctypes.c_int64
+        self._replay = library.replay
+        self._recording = recording
+        self._calls: list[Call] = _folded(recording)
+        self._uses: list[_CacheUse] = []
+        self._host: dict[int, Call] = {}
+        instructions = self._lowered()
+        self.num_host_calls = len(self._host)
+        self._offsets, size = self._placed(instructions, most_tokens)
+        self._arena = torch.zeros(size, dtype=torch.uint8)
+        start = self._arena.data_ptr()
+        addresses = [
+            recording.constants[number].untyped_storage().data_ptr()
+            if number in recording.constants
+            else start + self._offsets.get(number, 0)
+            for number in range(len(recording.storage_bytes))
+        ]
+        self._base, self._slope = encode(instructions, addresses)
+        self._list = lru_cache(LISTS_KEPT)(self._make_list)
+        self._view = lru_cache(None)(self._make_view)
+        self._bound = lru_cache(None)(self._bind_call)
+        self._group_of_layer: list[int] = []
+        self._groups: npt.NDArray[np.int64] = np.zeros((0, 5), dtype=np.int64)
+
+    def bind(self, cache: KVCache) -> None:
+        """Let the program read and write a cache."""
+        self._group_of_layer = cache.group_of_layer
+        for use in self._uses:
+            layer = cache.layers[use.layer]
+            values = self._base[use.row, 1 : 1 + MOST_VALUES]
+            values[0] = cache.group_of_layer[use.layer]
+            values[1], values[2] = layer.keys_NKD.data_ptr(), layer.values_NKV.data_ptr()
+            values[3], values[4] = layer.keys_NKD.stride(0), layer.values_NKV.stride(0)
+            values[5], values[6] = layer.block_size, layer.keys_NKD.shape[1]
+        self._list.cache_clear()
+        self._groups = np.zeros((max(cache.group_of_layer, default=-1) + 1, 5), dtype=np.int64)
+
+    def run(self, inputs: ForwardInputs) -> Tensor:
+        """Carry the step out.
+
+        Args:
+            inputs: one token for each of T sequences, whose plans are NativePlan.
+
+        Returns: [T, vocab_size] logits, to be read before the next step.
+        Raises: OutOfRangeError if some index is.
+        """
+        num_tokens = len(inputs.input_ids)
+        for name, number in self._recording.inputs.items():
+            if number in self._offsets:
+                value: Tensor = getattr(inputs, name)
+                self._bytes(number, value.nbytes).view(value.dtype).copy_(value)
+        for group, (slots, plan) in enumerate(zip(inputs.slot_mappings, inputs.plans, strict=True)):
+            if group < len(self._groups):
+                assert isinstance(plan, NativePlan)
+                self._groups[group] = (
+                    slots.data_ptr(),
+                    plan.tables.ctypes.data,
+                    plan.tables.strides[0] // plan.tables.itemsize,
+                    plan.first.ctypes.data,
+                    plan.last.ctypes.data,
+                )
+        instructions = self._list(num_tokens)
+        count, done = len(instructions), 0
+        while True:
+            done = self._replay(
+                ctypes.c_void_p(instructions.ctypes.data),
+                ctypes.c_int64(count),
+                ctypes.c_int64(done),
+                ctypes.c_void_p(self._groups.ctypes.data),
+            )
+            if done == count:
+                return self._view(self._recording.output, num_tokens)
+            if done < 0:
+                raise OutOfRangeError
+            self._bound(done, num_tokens)()
+            done += 1
+
+    def _lowered(self) -> list[Instruction]:
+        lowering = Lowering(self._recording)
+        instructions: list[Instruction] = []
+        for call in self._calls:
+            if isinstance(call.function, WriteCache | Attend):
+                instructions.append(self._of_cache(call, len(instructions)))
+                continue
+            lowered = lowering.lower(call)
+            if lowered is None:
+                self._host[len(instructions)] = call
+                lowered = [Instruction(Operation.HOST)]
+            instructions += lowered
+        return instructions
+
+    def _of_cache(self, call: Call, row: int) -> Instruction:
+        tensors = [place for place in (call.output, *call.args) if place is not None]
+        if any(place.dtype not in FLOATS for place in tensors) or len({place.dtype for place in tensors}) > 1:
+            raise UnsupportedModelError("its attention computes in a type that the cache does not have")
+        if isinstance(call.function, WriteCache):
+            self._uses.append(_CacheUse(row, call.function.layer))
+            return Instruction(Operation.WRITE_CACHE, (None, *call.args))
+        params = call.function.params
+        sinks, bias = (None if t is None else t.float().contiguous() for t in (params.sinks_H, params.bias_HN))
+        self._uses.append(_CacheUse(row, call.function.layer, sinks, bias))
+        values = [0] * MOST_VALUES
+        values[7], values[8] = bits_of(params.scale), bits_of(params.softcap or 0.0)
+        values[9] = 0 if sinks is None else sinks.data_ptr()
+        values[10], values[11] = (0, 0) if bias is None else (bias.data_ptr(), bias.shape[1])
+        return Instruction(Operation.ATTENTION, (call.output, *call.args), tuple(values))
+
+    def _placed(self, instructions: list[Instruction], most_tokens: int) -> tuple[dict[int, int], int]:
+        uses = []
+        for row, instruction in enumerate(instructions):
+            places = [place for place in instruction.tensors if place is not None]
+            if row in self._host:
+                call = self._host[row]
+                places += tensors_in((call.args, call.kwargs, call.output), Place)
+            uses.append(frozenset(place.storage for place in places))
+        ends = frozenset({self._recording.output.storage})
+        starts = frozenset(self._recording.inputs.values())
+        sizes = {
+            number: size.at(most_tokens)
+            for number, size in enumerate(self._recording.storage_bytes)
+            if number not in self._recording.constants
+        }
+        return plan_arena(sizes, [starts, *uses, ends])
+
+    def _make_list(self, num_tokens: int) -> npt.NDArray[np.int64]:
+        return self._base + num_tokens * self._slope
+
+    def _bytes(self, number: int, size: int) -> Tensor:
+        start = self._offsets[number]
+        return self._arena[start : start + size]
+
+    def _make_view(self, place: Place, num_tokens: int) -> Tensor:
+        sizes, strides, offset = place.at(num_tokens)
+        constant = self._recording.constants.get(place.storage)
+        if constant is not None:
+            return torch.empty(0, dtype=place.dtype).set_(constant.untyped_storage(), offset, sizes, strides)
+        size = self._recording.storage_bytes[place.storage].at(num_tokens)
+        return (
+            self._bytes(place.storage, size)
+            .view(place.dtype)
+            .as_strided(sizes, strides, offset + self._offsets[place.storage] // place.dtype.itemsize)
+        )
+
+    def _bind_call(self, row: int, num_tokens: int) -> Callable[[], None]:
+        """A call that is left to PyTorch, for a step of so many tokens."""
+        call = self._host[row]
+        args, kwargs = (
+            mapped(mapped(t, Place, lambda p: self._view(p, num_tokens)), Affine, lambda a: a.at(num_tokens))
+            for t in (call.args, call.kwargs)
+        )
+        given = {place.storage for place in tensors_in((call.args, call.kwargs), Place)}
+        places: Sequence[Place] = tensors_in(call.output, Place)
+        targets = [None if place.storage in given else self._view(place, num_tokens) for place in places]
+
+        def run() -> None:
+            results = tensors_in(call.function(*args, **kwargs), Tensor)
+            for target, result in zip(targets, results, strict=True):
+                if target is not None:
+                    if target.shape != result.shape:
+                        raise OutOfRangeError
+                    target.copy_(result)
+
+        return run
+
+
+def _folded(recording: Recording) -> list[Call]:
+    """The calls of a step that depend on it; results of others become constants of the recording."""
+    writes = Counter(storage for call in recording.calls for storage in _written(call))
+    if any(storage in recording.constants for storage in writes):
+        raise UnsupportedModelError("its code changes what it keeps from step to step")
+    calls = []
+    for call in recording.calls:
+        inputs = tensors_in((call.args, call.kwargs), Place)
+        if not tensors_in(call.output, Place) and all(place.storage in recording.constants for place in inputs):
+            continue  # a look at a number that is always the same
+        if isinstance(call.function, WriteCache | Attend) or not _is_constant(call, recording, writes):
+            calls.append(call)
+            continue
+        arguments = (call.args, call.kwargs)
+        args, kwargs = mapped(arguments, Place, lambda place: _constant(place, recording))
+        results = tensors_in(call.function(*args, **kwargs), Tensor)
+        for place, result in zip(tensors_in(call.output, Place), results, strict=True):
+            recording.constants[place.storage] = result
+    return calls
+
+
+def _written(call: Call) -> set[int]:
+    """Storages that a call makes, or changes."""
+    given = {place.storage for place in tensors_in((call.args, call.kwargs), Place)}
+    written = {place.storage for place in tensors_in(call.output, Place)} - given
+    if not isinstance(call.function, WriteCache | Attend):
+        for number, argument in enumerate(call.function._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = call.kwargs.get(argument.name, call.args[number] if number < len(call.args) else None)
+                written |= {place.storage for place in tensors_in(value, Place)}
+    return written
+
+
+def _is_constant(call: Call, recording: Recording, writes: Mapping[int, int]) -> bool:
+    inputs: list[Place] = tensors_in((call.args, call.kwargs), Place)
+    outputs: list[Place] = tensors_in(call.output, Place)
+    fields: Any = (call.args, call.kwargs, [(p.sizes, p.strides, p.offset) for p in (*inputs, *outputs)])
+    is_fixed = not any(number.slope for number in tensors_in(fields, Affine))
+    fresh = {place.storage for place in outputs} - {place.storage for place in inputs}
+    return (
+        is_fixed
+        and bool(fresh)
+        and len(fresh) == len(outputs)
+        and all(place.storage in recording.constants for place in inputs)
+        and all(
+            writes[storage] == 1 and place.offset == Affine(0) for storage, place in zip(fresh, outputs, strict=True)
+        )
+    )
+
+
+def _constant(place: Place, recording: Recording) -> Tensor:
+    sizes, strides, offset = place.at(0)
+    storage = recording.constants[place.storage].untyped_storage()
+    return torch.empty(0, dtype=place.dtype).set_(storage, offset, sizes, strides)
