@@ -95,6 +95,16 @@ def test_small_batches_change_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(embed(tmp_path, max_num_seqs=2, max_num_batched_tokens=30), together, atol=1e-6)
 
 
+def test_without_the_check_texts_are_read_together_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(BertModel, bert_config(), tmp_path)
+    together = embed(tmp_path)
+    assert "not verified" not in caplog.text
+    np.testing.assert_allclose(embed(tmp_path, self_check=False), together, atol=1e-6)
+    assert "was not verified" in caplog.text
+
+
 @pytest.mark.parametrize("pooling", POOL)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_options_override_the_default(pooling: str, normalize: bool, tmp_path: Path) -> None:
