@@ -49,6 +49,22 @@ class CountsByArange(Tale):
         return torch.arange(input_ids.shape[1])[None]
 
 
+class CountsForOtherReasons(CountsByArange):
+    """The second count finds the tokens of the prompt, wherever they stand."""
+
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return super().tell(input_ids, position_ids)[:, torch.arange(input_ids.shape[1])]
+
+
+class RemembersItsCounts(Tale):
+    def places(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        known: dict[int, Tensor] = self.__dict__.setdefault("known", {})
+        length = input_ids.shape[1]
+        if length not in known:
+            known[length] = torch.arange(length)[None]
+        return known[length]
+
+
 class CountsByCumsum(Tale):
     def places(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return torch.ones_like(input_ids).cumsum(1) - 1
@@ -73,10 +89,16 @@ class KnowsTheEnd(Tale):
         return x - x.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", [Tale, CountsByArange])
+@pytest.mark.parametrize("kind", [Tale, CountsByArange, CountsForOtherReasons])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_honest_code_is_packed(kind: type[Tale], block_size: int) -> None:
     assert climbed(make_tale(kind), block_size=block_size).rung is AttentionRung.INTERFACE
+
+
+def test_code_that_remembers_its_counts_is_not_packed() -> None:
+    model = climbed(make_tale(RemembersItsCounts))
+    assert model.rung is AttentionRung.RECOMPUTE
+    assert "not interface: its code counts tokens once" in model.rung_reason
 
 
 @pytest.mark.parametrize("kind", [CountsByCumsum, LooksAtTheWordBefore, SumsUpTheWords, KnowsTheEnd])
