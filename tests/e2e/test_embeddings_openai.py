@@ -71,7 +71,9 @@ def test_scores_and_ranks_are_those_of_the_library(server: ServerProcess, direct
     with LLM(str(directory), pooling="cls") as llm:
         expected = [output.score for output in llm.score(TEXTS[0], TEXTS, use_tqdm=False)]
     assert np.argmax(expected) == 0
-    scores = httpx.post(f"{server.url}/score", json={"text_1": TEXTS[0], "text_2": TEXTS}).json()["data"]
+    answer = httpx.post(f"{server.url}/score", json={"text_1": TEXTS[0], "text_2": TEXTS})
+    assert answer.status_code == 200, answer.text
+    scores = answer.json()["data"]
     np.testing.assert_allclose([one["score"] for one in scores], expected, atol=1e-5)
     body = {"model": "tiny", "query": TEXTS[0], "documents": TEXTS, "top_n": 2}
     ranked = httpx.post(f"{server.url}/v1/rerank", json=body).json()["results"]
