@@ -94,6 +94,11 @@ class ModelConfig:
         False, "Run the model's own code in every step, instead of recording decode steps and repeating them natively."
     )
     seed: int = option(0, "Seed of sampling for requests that give none.")
+    self_check: bool = option(
+        True,
+        "At start, compare the served model with its own untouched code on a few random tokens; without it, the first "
+        "way of serving that can be built is taken, right or wrong.",
+    )
     task: Task = option("auto", "What the model is for: generating, embedding or classifying texts; auto: its config.")
 
     def __post_init__(self) -> None:

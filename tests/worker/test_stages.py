@@ -214,7 +214,9 @@ def test_a_stage_without_attention_goes_along() -> None:
 
 
 def test_a_rung_that_is_wrong_for_another_rank_is_not_taken() -> None:
-    answers = iter([True, True, True, False])  # its own forward pass, positions, what it asks for, its logits
+    answers = iter(
+        [True] * 6 + [False]
+    )  # its own pass, far positions, attention, counts, none of them, the rung, its logits
     model = climb(
         draw(make_config("llama", {}), seed=0),
         num_positions=POSITIONS,

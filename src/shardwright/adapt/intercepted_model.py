@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shardwright.adapt.agreement import agreed
+from shardwright.adapt.counting import COUNTS_ONCE
 from shardwright.adapt.dispatch import blank_masks
 from shardwright.adapt.far_fit import far_rows, fit_far
 from shardwright.adapt.far_scores import FarMode
@@ -30,8 +32,6 @@ from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
 from shardwright.foreign_errors import described
-
-T = TypeVar("T")
 
 SHORT_TRACE = 13
 """Tokens of the trace that finds which calls count tokens: a number that is unlikely to be a size of the model."""
@@ -82,8 +82,8 @@ class InterceptedModel:
         self._agree = agree
         # The long trace comes first, so that tables that grow with the prompt have grown.
         num_near = _long_trace(module, num_positions)
-        long, attentions = self._agreed(lambda: self._fit_near(num_near, needs_attention))
-        short = self._agreed(lambda: self._find_counts(long, num_positions))
+        long, attentions = agreed(lambda: self._fit_near(num_near, needs_attention), agree)
+        short = agreed(lambda: self._find_counts(long, num_positions), agree)
         if num_positions > num_near:
             attentions = self._fit_far(long, attentions, num_near, num_positions)
         self._attentions = with_biases(attentions, num_positions)
@@ -93,7 +93,7 @@ class InterceptedModel:
         self.rung_reason = f"{len(self._attentions)} {how} in its own code are answered by paged attention"
         self.layers: list[LayerSpec] = [attention.spec for attention in self._attentions]
         self.groups: list[CacheGroup] = group_layers(self.layers)
-        head = self._agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)))
+        head = agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)), agree)
         self.head = None if short.gives_last_alone else head
         self._mode = ServingMode(module, short, self._attentions, num_positions)
 
@@ -106,21 +106,6 @@ class InterceptedModel:
             output = self.module(tokens, **arguments)
         self._mode.end()
         return rows_of(logits_of(output)[0], inputs.logits_rows)
-
-    def _agreed(self, look: Callable[[], T]) -> T:
-        """What a look at the module shows, if all ranks that share it see through it: they go on together, or stop.
-
-        Raises: UnsupportedModelError.
-        """
-        problem: Exception | None = None
-        result: T | None = None
-        try:
-            result = look()
-        except Exception as exc:
-            problem = exc
-        if not self._agree(problem is None):
-            raise problem or UnsupportedModelError("its code cannot be answered on another rank")
-        return cast(T, result)
 
     def _fit_near(self, num_tokens: int, needs_attention: bool) -> tuple[ForwardTrace, list[FittedAttention]]:
         """Watch a long prompt, and understand every attention in it."""
@@ -149,7 +134,7 @@ class InterceptedModel:
         if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
             raise UnsupportedModelError("its code computes differently for different prompts")
         if short.counts != again.counts:
-            raise UnsupportedModelError("its code counts tokens once, and remembers it for prompts of the same length")
+            raise UnsupportedModelError(COUNTS_ONCE)
         if short.num_rows is not None and short.num_rows < num_positions:
             raise UnsupportedModelError(
                 f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"
@@ -188,7 +173,7 @@ class InterceptedModel:
             started = time.process_time()
             rows = far_rows(num_near, num_tokens, next(self.module.parameters()).device)
             mode = FarMode(self.module, trace, rows, num_tokens=num_tokens, vocab_size=self._vocab_size)
-            attentions = self._agreed(partial(self._look_far, mode, near, num_near, precision))
+            attentions = agreed(partial(self._look_far, mode, near, num_near, precision), self._agree)
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
+from shardwright.adapt.agreement import agreed
+from shardwright.adapt.count_answers import AnsweringMode, CountAnswers
+from shardwright.adapt.count_calls import CountCalls
 from shardwright.adapt.logits import logits_of, rows_of
-from shardwright.adapt.positions import feed_positions
-from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, set_attention
+from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, probe_counts, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -43,27 +46,38 @@ class ServedModel:
         module: in eval mode; on "meta" it can be looked at but not run.
         num_positions: longest sequence that will be served.
         needs_attention: whether a model that never attends is refused.
+        agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be captured, with the reason.
     """
 
-    def __init__(self, module: nn.Module, *, num_positions: int, needs_attention: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        num_positions: int,
+        needs_attention: bool = True,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         dispatch.register()
         self.module = module
         self.rung = AttentionRung.INTERFACE
         self._takes_positions = accepts(module, "position_ids", or_any=True)
-        probe = probe_attention(module, num_positions=num_positions, needs_attention=needs_attention)
-        self.calls: list[AttentionCall] = probe.calls
+        probe = partial(probe_attention, module, num_positions=num_positions, needs_attention=needs_attention)
+        self.calls: list[AttentionCall] = agreed(probe, agree)
         if self.calls and not self._takes_positions:
             raise UnsupportedModelError(
                 f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
             )
-        self._counts_positions = probe.counts_positions
         self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
         self.layers: list[LayerSpec] = [call.spec for call in self.calls]
         self.groups: list[CacheGroup] = group_layers(self.layers)
         self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
+        self._counts: CountAnswers | None = None
+        if self._takes_positions and next(module.parameters()).device.type != "meta":
+            uses = probe_counts(module, agree)
+            self._counts = CountAnswers(CountCalls(), uses, num_positions) if uses else None
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any) -> Tensor:
         """Run one step, all tokens packed as [1, T].
@@ -97,12 +111,23 @@ class ServedModel:
         options: dict[str, Any],
     ) -> Tensor:
         handler = PagedAttention(self.calls, cache, backend, inputs)
-        positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
-        with dispatch.handling(handler), positions:
-            if self._takes_positions:
-                options = {"position_ids": inputs.position_ids.view(shape)} | options
-            output = self.module(input_ids=inputs.input_ids.view(shape), **options)
+        tokens, position_ids = inputs.input_ids.view(shape), inputs.position_ids.view(shape)
+        if self._takes_positions:
+            options = {"position_ids": position_ids} | options
+        with dispatch.handling(handler), self._answered_counts(position_ids):
+            output = self.module(input_ids=tokens, **options)
         return logits_of(output)
+
+    @contextmanager
+    def _answered_counts(self, position_ids: Tensor) -> Iterator[None]:
+        """While open, counts of tokens are positions, if the module's code counts."""
+        if self._counts is None:
+            yield
+            return
+        self._counts.begin(position_ids)
+        with AnsweringMode(self._counts):
+            yield
+        self._counts.end()
 
 
 class PagedAttention:

@@ -19,6 +19,7 @@ from shardwright.layers.upcast_linear import has_fast_half_products, upcast_line
 from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import weight_bytes
 from shardwright.models.build import resolve_dtype
+from shardwright.pooling.batching import Batching
 from shardwright.pooling.build import build_reader, fill_reader
 from shardwright.pooling.check import choose_batching, read_ahead
 from shardwright.pooling.embedding import EmbeddingHead
@@ -67,7 +68,11 @@ class PoolingWorker:
         try:
             head = None if classifies else make_head(module, sentence, config.pooling, vocab_size).to(device)
             self._model = PoolingModel(module, head)
-            self.batching = choose_batching(self._model, vocab_size=vocab_size)
+            self.batching = Batching.PADDED
+            if config.model.self_check:
+                self.batching = choose_batching(self._model, vocab_size=vocab_size)
+            else:
+                logger.warning("that texts read together get the numbers that they get alone was not verified")
         except UnsupportedModelError as exc:
             raise UnsupportedModelError(
                 f"{config.model.model} ({model_config.model_type}) cannot be served: {exc}"

@@ -49,7 +49,7 @@ def batched_rungs(
     is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
 
     def packed(reason: str) -> StepModel:
-        served = ServedModel(module, num_positions=num_positions, needs_attention=is_whole)
+        served = ServedModel(module, num_positions=num_positions, needs_attention=is_whole, agree=agree)
         return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
 
     def intercepted(reason: str) -> StepModel:

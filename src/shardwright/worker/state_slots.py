@@ -63,7 +63,7 @@ class StateSlotModel:
         self.takes_chunks = takes_chunks
         self._decodes_together = decodes_together
         self._states = find_states(module, vocab_size=vocab_size, agree=agree)
-        self._served = ServedModel(module, num_positions=num_positions, needs_attention=False)
+        self._served = ServedModel(module, num_positions=num_positions, needs_attention=False, agree=agree)
         self.layers = self._served.layers
         self.groups = self._served.groups or [CacheGroup(Visibility(), ())]
         self.rung_reason = f"a state slot for each request; {len(self.layers)} attention layers are paged"

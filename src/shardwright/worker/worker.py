@@ -182,6 +182,7 @@ def adapt(
                 compute_dtype=compute_dtype,
                 device=device,
                 parallel=config.parallel,
+                self_check=config.model.self_check,
                 agree=agree,
             )
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
