@@ -21,9 +21,10 @@ from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
 from shardwright.adapt.logits import logits_of, rows_of, without_cache
+from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.rungs import AttentionRung
-from shardwright.adapt.served_model import ForwardInputs, output_head, rows_before_head
+from shardwright.adapt.served_model import output_head, rows_before_head
 from shardwright.adapt.trace import ForwardTrace, TracingMode
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -101,7 +102,7 @@ class InterceptedModel:
         """Run one step. Returns [R, vocab_size] logits, model dtype, for the rows asked for."""
         arguments = self._arguments(inputs.position_ids)
         tokens = inputs.input_ids[None]
-        self._mode.begin(inputs, cache, backend)
+        self._mode.begin(PagedStep(inputs, cache, backend))
         with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._mode:
             output = self.module(tokens, **arguments)
         self._mode.end()

@@ -18,13 +18,11 @@ from torch.overrides import TorchFunctionMode
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.counting import TableSlice, Use
 from shardwright.adapt.fit import FittedAttention
+from shardwright.adapt.paged import PagedStep
 from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.products import heads_of
-from shardwright.adapt.served_model import ForwardInputs
 from shardwright.adapt.stand_in import StandIn
 from shardwright.adapt.trace import ForwardTrace
-from shardwright.attention.kv_cache import KVCache
-from shardwright.attention.layout import AttentionBackend
 from shardwright.errors import UnsupportedModelError
 
 
@@ -52,9 +50,9 @@ class ServingMode(TorchFunctionMode):
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         self._num_counted = 0
 
-    def begin(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> None:
+    def begin(self, step: PagedStep) -> None:
         """Get ready for a forward pass."""
-        self._inputs, self._cache, self._backend = inputs, cache, backend
+        self._step, self._inputs = step, step.inputs
         self._counter.restart()
         self._pending.clear()
         self._num_counted = 0
@@ -127,15 +125,11 @@ class ServingMode(TorchFunctionMode):
 
     def _attend(self, index: int, query_HTD: Tensor, key_HTD: Tensor, value_HTV: Tensor) -> Tensor:
         """Paged attention of one call; returns [H, T, V]."""
-        attention, group = self._attentions[index], self._cache.group_of_layer[index]
+        attention = self._attentions[index]
         if attention.order is not None:
             query_HTD, key_HTD, value_HTV = (heads[attention.order] for heads in (query_HTD, key_HTD, value_HTV))
         key_TKD = key_HTD[:: attention.repeats].transpose(0, 1)
         value_TKV = value_HTV[:: attention.repeats].transpose(0, 1)
-        layer = self._cache.layers[index]
-        layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
-        output = self._backend.forward(
-            query_HTD.transpose(0, 1), key_TKD, value_TKV, layer, self._inputs.plans[group], attention.params
-        )
+        output = self._step.attend(index, query_HTD.transpose(0, 1), key_TKD, value_TKV, attention.params)
         output_HTV = output.transpose(0, 1)
         return output_HTV if attention.order is None else output_HTV[attention.order.argsort()]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
 from shardwright.adapt.logits import logits_of, rows_of
+from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.positions import feed_positions
 from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, set_attention
 from shardwright.adapt.rungs import AttentionRung
@@ -18,22 +18,6 @@ from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardInputs:
-    """What goes into the model's forward in one step: the tokens of all sequences, one after another."""
-
-    input_ids: Tensor
-    """[T] int64."""
-    position_ids: Tensor
-    """[T] int64: position of each token in its own sequence."""
-    slot_mappings: Sequence[Tensor]
-    """Per cache group, [T] int64: where each token's key and value go."""
-    plans: Sequence[Any]
-    """Per cache group, what AttentionBackend.prepare returned."""
-    logits_rows: Tensor
-    """[R] int64: tokens whose next-token logits are wanted."""
 
 
 class ServedModel:
@@ -96,7 +80,7 @@ class ServedModel:
         backend: AttentionBackend,
         options: dict[str, Any],
     ) -> Tensor:
-        handler = PagedAttention(self.calls, cache, backend, inputs)
+        handler = PagedAttention(self.calls, PagedStep(inputs, cache, backend))
         positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
         with dispatch.handling(handler), positions:
             if self._takes_positions:
@@ -108,13 +92,9 @@ class ServedModel:
 class PagedAttention:
     """Answers the attention calls of one forward pass from the paged cache."""
 
-    def __init__(
-        self, calls: list[AttentionCall], cache: KVCache, backend: AttentionBackend, inputs: ForwardInputs
-    ) -> None:
+    def __init__(self, calls: list[AttentionCall], step: PagedStep) -> None:
         self._calls = calls
-        self._cache = cache
-        self._backend = backend
-        self._inputs = inputs
+        self._step = step
         self._next = 0
 
     def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor | None:
@@ -132,10 +112,8 @@ class PagedAttention:
                 f"attention call {index} came from another module than at load ({call.spec.name}): "
                 "the order of its layers depends on the data"
             )
-        layer, group = self._cache.layers[index], self._cache.group_of_layer[index]
         query_THD, key_TKD, value_TKV = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
-        output = self._backend.forward(query_THD, key_TKD, value_TKV, layer, self._inputs.plans[group], call.params)
+        output = self._step.attend(index, query_THD, key_TKD, value_TKV, call.params)
         return output.view(query.shape[0], query.shape[2], *output.shape[1:])
 
 
