@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shardwright.adapt.agreement import agreed
 from shardwright.adapt.dispatch import blank_masks
 from shardwright.adapt.far_fit import far_rows, fit_far
 from shardwright.adapt.far_scores import FarMode
 from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
+from shardwright.adapt.latent import LatentFinder, LatentSearch, LatentTaps, find_latents, no_latents
 from shardwright.adapt.logits import logits_of, rows_of, without_cache
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import accepts
@@ -31,8 +33,6 @@ from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
 from shardwright.foreign_errors import described
-
-T = TypeVar("T")
 
 SHORT_TRACE = 13
 """Tokens of the trace that finds which calls count tokens: a number that is unlikely to be a size of the model."""
@@ -62,6 +62,7 @@ class InterceptedModel:
         num_positions: longest sequence that will be served.
         vocab_size: number of token ids.
         needs_attention: whether a model that never attends is refused.
+        expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be found or understood.
@@ -74,6 +75,7 @@ class InterceptedModel:
         num_positions: int,
         vocab_size: int,
         needs_attention: bool = True,
+        expanded_because: str = "",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.module = module
@@ -83,45 +85,33 @@ class InterceptedModel:
         self._agree = agree
         # The long trace comes first, so that tables that grow with the prompt have grown.
         num_near = _long_trace(module, num_positions)
-        long, attentions = self._agreed(lambda: self._fit_near(num_near, needs_attention))
-        short = self._agreed(lambda: self._find_counts(long, num_positions))
+        long, attentions = agreed(lambda: self._fit_near(num_near, needs_attention), agree)
+        short = agreed(lambda: self._find_counts(long, num_positions), agree)
         if num_positions > num_near:
             attentions = self._fit_far(long, attentions, num_near, num_positions)
         self._attentions = with_biases(attentions, num_positions)
         is_sdpa = all(trace.is_sdpa for trace in long.attentions)
         self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
-        self.rung_reason = f"{len(self._attentions)} {how} in its own code are answered by paged attention"
-        self.layers: list[LayerSpec] = [attention.spec for attention in self._attentions]
+        specs = [attention.spec for attention in self._attentions]
+        search = no_latents(specs, expanded_because) if expanded_because else self._find_latents(specs, num_positions)
+        self._taps = LatentTaps(search.by_call)
+        self.rung_reason = f"{len(specs)} {how} in its own code are answered by paged attention{search.describe()}"
+        self.layers: list[LayerSpec] = search.cached(specs)
         self.groups: list[CacheGroup] = group_layers(self.layers)
-        head = self._agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)))
+        head = agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)), agree)
         self.head = None if short.gives_last_alone else head
-        self._mode = ServingMode(module, short, self._attentions, num_positions)
+        self._mode = ServingMode(module, short, self._attentions, self._taps, num_positions)
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
         """Run one step. Returns [R, vocab_size] logits, model dtype, for the rows asked for."""
         arguments = self._arguments(inputs.position_ids)
         tokens = inputs.input_ids[None]
         self._mode.begin(PagedStep(inputs, cache, backend))
-        with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._mode:
+        with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._taps.open(), self._mode:
             output = self.module(tokens, **arguments)
         self._mode.end()
         return rows_of(logits_of(output)[0], inputs.logits_rows)
-
-    def _agreed(self, look: Callable[[], T]) -> T:
-        """What a look at the module shows, if all ranks that share it see through it: they go on together, or stop.
-
-        Raises: UnsupportedModelError.
-        """
-        problem: Exception | None = None
-        result: T | None = None
-        try:
-            result = look()
-        except Exception as exc:
-            problem = exc
-        if not self._agree(problem is None):
-            raise problem or UnsupportedModelError("its code cannot be answered on another rank")
-        return cast(T, result)
 
     def _fit_near(self, num_tokens: int, needs_attention: bool) -> tuple[ForwardTrace, list[FittedAttention]]:
         """Watch a long prompt, and understand every attention in it."""
@@ -189,7 +179,7 @@ class InterceptedModel:
             started = time.process_time()
             rows = far_rows(num_near, num_tokens, next(self.module.parameters()).device)
             mode = FarMode(self.module, trace, rows, num_tokens=num_tokens, vocab_size=self._vocab_size)
-            attentions = self._agreed(partial(self._look_far, mode, near, num_near, precision))
+            attentions = agreed(partial(self._look_far, mode, near, num_near, precision), self._agree)
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
 
@@ -210,6 +200,20 @@ class InterceptedModel:
             fit_far(attention, mode.found[i], mode.rows, num_near=num_near, precision=precision)
             for i, attention in enumerate(near)
         ]
+
+    def _find_latents(self, specs: list[LayerSpec], num_positions: int) -> LatentSearch:
+        """Watch a short prompt: what keys and values are made of."""
+
+        def run(finder: LatentFinder) -> None:
+            def look(number: int, trace: AttentionTrace) -> None:
+                assert trace.value is not None
+                heads = self._attentions[number].cached_heads
+                finder.look(number, heads(trace.key), heads(trace.value))
+
+            with blank_masks(), finder.watching():
+                self._trace(min(SHORT_TRACE, num_positions), look)
+
+        return find_latents(self.module, specs, run, agree=self._agree)
 
     @torch.inference_mode()
     def _head_of_rows(self, num_tokens: int) -> nn.Module | None:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.counting import TableSlice, Use
 from shardwright.adapt.fit import FittedAttention
+from shardwright.adapt.latent import LatentTaps
 from shardwright.adapt.paged import PagedStep
 from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.products import heads_of
@@ -33,15 +34,22 @@ class ServingMode(TorchFunctionMode):
         module: that runs.
         trace: which calls matter.
         attentions: what they mean.
+        taps: give the latents of those that cache them; open while the module runs.
         num_positions: longest sequence that is served.
     """
 
     def __init__(
-        self, module: nn.Module, trace: ForwardTrace, attentions: list[FittedAttention], num_positions: int
+        self,
+        module: nn.Module,
+        trace: ForwardTrace,
+        attentions: list[FittedAttention],
+        taps: LatentTaps,
+        num_positions: int,
     ) -> None:
         super().__init__()
         self._trace = trace
         self._attentions = attentions
+        self._taps = taps
         self._num_positions = num_positions
         self._counter = CallCounter(module, row_labels=trace.row_labels)
         self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
@@ -127,9 +135,9 @@ class ServingMode(TorchFunctionMode):
         """Paged attention of one call; returns [H, T, V]."""
         attention = self._attentions[index]
         if attention.order is not None:
-            query_HTD, key_HTD, value_HTV = (heads[attention.order] for heads in (query_HTD, key_HTD, value_HTV))
-        key_TKD = key_HTD[:: attention.repeats].transpose(0, 1)
-        value_TKV = value_HTV[:: attention.repeats].transpose(0, 1)
-        output = self._step.attend(index, query_HTD.transpose(0, 1), key_TKD, value_TKV, attention.params)
+            query_HTD = query_HTD[attention.order]
+        key_TKD, value_TKV = (attention.cached_heads(heads).transpose(0, 1) for heads in (key_HTD, value_HTV))
+        query_THD, latent = query_HTD.transpose(0, 1), self._taps.take(index)
+        output = self._step.attend(index, query_THD, key_TKD, value_TKV, attention.params, latent)
         output_HTV = output.transpose(0, 1)
         return output_HTV if attention.order is None else output_HTV[attention.order.argsort()]

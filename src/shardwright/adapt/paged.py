@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionBackend, AttentionParams
 
 
@@ -37,9 +38,15 @@ class PagedStep:
     backend: AttentionBackend
 
     def attend(
-        self, index: int, query_THD: Tensor, key_TKD: Tensor, value_TKV: Tensor, params: AttentionParams
+        self,
+        index: int,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        params: AttentionParams,
+        latent: tuple[Tensor, LatentProjection] | None = None,
     ) -> Tensor:
-        """Keep the keys and values of a layer, and attend.
+        """Keep the keys and values of a layer, or what they are made of, and attend.
 
         Args:
             index: of the attention call, which is its layer in the cache.
@@ -47,9 +54,16 @@ class PagedStep:
             key_TKD: [T, K, D].
             value_TKV: [T, K, V].
             params: of the call.
+            latent: [T, R], and what makes keys and values of it; None for a layer whose cache holds these.
 
         Returns: [T, H, V], dtype of the query.
         """
         layer, group = self.cache.layers[index], self.cache.group_of_layer[index]
-        layer.write(self.inputs.slot_mappings[group], key_TKD, value_TKV)
-        return self.backend.forward(query_THD, key_TKD, value_TKV, layer, self.inputs.plans[group], params)
+        slots, plan = self.inputs.slot_mappings[group], self.inputs.plans[group]
+        if latent is None:
+            layer.write(slots, key_TKD, value_TKV)
+            return self.backend.forward(query_THD, key_TKD, value_TKV, layer, plan, params)
+        latent_TR, projection = latent
+        rows_T1C = projection.rows(latent_TR, key_TKD)[:, None]
+        layer.write(slots, rows_T1C, rows_T1C[..., : projection.latent_dim])
+        return self.backend.forward_latent(query_THD, key_TKD, value_TKV, layer, plan, params, projection)

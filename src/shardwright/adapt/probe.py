@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.dispatch import PROBE, handling
+from shardwright.adapt.latent import LatentFinder, LatentSearch, find_latents
 from shardwright.adapt.positions import CountingDetector
 from shardwright.adapt.visibility import read_visibility
 from shardwright.attention.layout import AttentionParams
@@ -36,12 +37,19 @@ class AttentionCall:
 
 
 class ProbeHandler:
-    """Records the attention calls of a forward pass and answers them with values of the right shape."""
+    """Records the attention calls of a forward pass and answers them with values of the right shape.
 
-    def __init__(self, model: nn.Module, num_positions: int) -> None:
+    Args:
+        model: that runs.
+        num_positions: longest sequence that will be served.
+        finder: is shown the keys and values of each call.
+    """
+
+    def __init__(self, model: nn.Module, num_positions: int, finder: LatentFinder | None = None) -> None:
         self.calls: list[AttentionCall] = []
         self._names = {id(module): name for name, module in model.named_modules()}
         self._num_positions = num_positions
+        self._finder = finder
         self._visibilities: dict[int, Visibility | UnsupportedModelError] = {}
         self._masks: list[Tensor] = []
 
@@ -79,6 +87,8 @@ class ProbeHandler:
         for bias in ("position_bias", "attention_bias", "alibi"):
             if options.get(bias) is not None:
                 raise UnsupportedModelError(f"{name} adds a {bias} to its attention scores")
+        if self._finder is not None:
+            self._finder.look(len(self.calls), key[0], value[0])
         scale = options.get("scaling")
         self.calls.append(
             AttentionCall(
@@ -131,14 +141,9 @@ def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bo
 
     Raises: UnsupportedModelError saying what stands in the way of serving it through the attention interface.
     """
-    device = next(model.parameters()).device
     handler = ProbeHandler(model, num_positions)
     set_attention(model, PROBE)
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)}
-    if device.type == "meta":  # with positions the mask code would look at their values
-        inputs["attention_mask"] = torch.ones(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)
-    elif accepts(model, "position_ids", or_any=True):
-        inputs["position_ids"] = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
+    inputs = _inputs(model)
     counting = CountingDetector(NUM_PROBE_TOKENS)
     try:
         with handling(handler), counting:
@@ -150,6 +155,37 @@ def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bo
     if needs_attention and not handler.calls:
         raise UnsupportedModelError("its code never calls Transformers' attention interface")
     return Probe(handler.calls, counts_positions=counting.found and "position_ids" in inputs)
+
+
+@torch.inference_mode()
+def probe_latents(
+    model: nn.Module, calls: list[AttentionCall], *, num_positions: int, agree: Callable[[bool], bool]
+) -> LatentSearch:
+    """Whether the attention calls can cache latents in place of keys and values.
+
+    Args:
+        model: as in `probe_attention`, after it.
+        calls: that it found.
+        num_positions: longest sequence that will be served.
+        agree: whether all ranks that share the model say yes.
+    """
+
+    def run(finder: LatentFinder) -> None:
+        with handling(ProbeHandler(model, num_positions, finder)), finder.watching():
+            model(**_inputs(model), use_cache=False)
+
+    return find_latents(model, [call.spec for call in calls], run, agree=agree)
+
+
+def _inputs(model: nn.Module) -> dict[str, Any]:
+    """A few tokens."""
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)}
+    if device.type == "meta":  # with positions the mask code would look at their values
+        inputs["attention_mask"] = torch.ones(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)
+    elif accepts(model, "position_ids", or_any=True):
+        inputs["position_ids"] = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
+    return inputs
 
 
 def set_attention(model: nn.Module, implementation: str) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
+from shardwright.adapt.agreement import agreed
+from shardwright.adapt.latent import LatentTaps, no_latents
 from shardwright.adapt.logits import logits_of, rows_of
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.positions import feed_positions
-from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, set_attention
+from shardwright.adapt.probe import AttentionCall, Probe, accepts, probe_attention, probe_latents, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -27,27 +29,49 @@ class ServedModel:
         module: in eval mode; on "meta" it can be looked at but not run.
         num_positions: longest sequence that will be served.
         needs_attention: whether a model that never attends is refused.
+        expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
+        agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be captured, with the reason.
     """
 
-    def __init__(self, module: nn.Module, *, num_positions: int, needs_attention: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        num_positions: int,
+        needs_attention: bool = True,
+        expanded_because: str = "",
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         dispatch.register()
         self.module = module
         self.rung = AttentionRung.INTERFACE
         self._takes_positions = accepts(module, "position_ids", or_any=True)
-        probe = probe_attention(module, num_positions=num_positions, needs_attention=needs_attention)
+        probe = agreed(lambda: self._probe(num_positions, needs_attention), agree)
         self.calls: list[AttentionCall] = probe.calls
-        if self.calls and not self._takes_positions:
-            raise UnsupportedModelError(
-                f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
-            )
         self._counts_positions = probe.counts_positions
-        self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
-        self.layers: list[LayerSpec] = [call.spec for call in self.calls]
+        specs = [call.spec for call in self.calls]
+        if expanded_because:
+            self.latents = no_latents(specs, expanded_because)
+        else:
+            self.latents = probe_latents(module, self.calls, num_positions=num_positions, agree=agree)
+        self._taps = LatentTaps(self.latents.by_call)
+        how = "attention calls go through Transformers' attention interface"
+        self.rung_reason = f"{len(self.calls)} {how}{self.latents.describe()}"
+        self.layers: list[LayerSpec] = self.latents.cached(specs)
         self.groups: list[CacheGroup] = group_layers(self.layers)
         self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
+
+    def _probe(self, num_positions: int, needs_attention: bool) -> Probe:
+        probe = probe_attention(self.module, num_positions=num_positions, needs_attention=needs_attention)
+        if probe.calls and not self._takes_positions:
+            name = type(self.module).__name__
+            raise UnsupportedModelError(
+                f"{name}.forward takes no position_ids, so tokens of several requests cannot be packed"
+            )
+        return probe
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any) -> Tensor:
         """Run one step, all tokens packed as [1, T].
@@ -80,9 +104,9 @@ class ServedModel:
         backend: AttentionBackend,
         options: dict[str, Any],
     ) -> Tensor:
-        handler = PagedAttention(self.calls, PagedStep(inputs, cache, backend))
+        handler = PagedAttention(self.calls, self._taps, PagedStep(inputs, cache, backend))
         positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
-        with dispatch.handling(handler), positions:
+        with dispatch.handling(handler), self._taps.open(), positions:
             if self._takes_positions:
                 options = {"position_ids": inputs.position_ids.view(shape)} | options
             output = self.module(input_ids=inputs.input_ids.view(shape), **options)
@@ -92,8 +116,9 @@ class ServedModel:
 class PagedAttention:
     """Answers the attention calls of one forward pass from the paged cache."""
 
-    def __init__(self, calls: list[AttentionCall], step: PagedStep) -> None:
+    def __init__(self, calls: list[AttentionCall], taps: LatentTaps, step: PagedStep) -> None:
         self._calls = calls
+        self._taps = taps
         self._step = step
         self._next = 0
 
@@ -113,7 +138,7 @@ class PagedAttention:
                 "the order of its layers depends on the data"
             )
         query_THD, key_TKD, value_TKV = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        output = self._step.attend(index, query_THD, key_TKD, value_TKV, call.params)
+        output = self._step.attend(index, query_THD, key_TKD, value_TKV, call.params, self._taps.take(index))
         return output.view(query.shape[0], query.shape[2], *output.shape[1:])
 
 

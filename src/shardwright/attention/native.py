@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardwright.attention.batched import BatchedBackend, BatchedPlan
 from shardwright.attention.kv_cache import LayerCache
+from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
 from shardwright.kernels.attention import is_available, paged_decode
@@ -68,6 +69,37 @@ class NativeBackend:
         if len(plan.tokens):
             output[plan.tokens] = self._decode(query_THD[plan.tokens], cache, plan, params)
         return output
+
+    def forward_latent(
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: LayerCache,
+        plan: NativePlan,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        if plan.tokens is None:
+            return self._decode_latent(query_THD, cache, plan, params, projection)
+        output = self._batched.forward_latent(query_THD, key_TKD, value_TKV, cache, plan.prompts, params, projection)
+        if len(plan.tokens):
+            output[plan.tokens] = self._decode_latent(query_THD[plan.tokens], cache, plan, params, projection)
+        return output
+
+    def _decode_latent(
+        self,
+        query_SHD: Tensor,
+        cache: LayerCache,
+        plan: NativePlan,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        """The kernel reads each row once for all heads; the projections around it are computed in torch."""
+        projection = projection.to(self._batched.compute_dtype)
+        query_SHC = projection.absorbed(query_SHD.to(self._batched.compute_dtype))
+        latent_SHR = self._decode(query_SHC.to(query_SHD.dtype), cache, plan, params)
+        return projection.values_of(latent_SHR.to(self._batched.compute_dtype)).to(query_SHD.dtype)
 
     def _decode(self, query_SHD: Tensor, cache: LayerCache, plan: NativePlan, params: AttentionParams) -> Tensor:
         return paged_decode(

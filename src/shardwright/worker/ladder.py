@@ -76,16 +76,28 @@ def climb(
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
     check = partial(check_logits, expected=expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
-    for rung in rungs:
+
+    def tried(name: AttentionRung, build: Callable[[], StepModel]) -> tuple[StepModel | None, str | None]:
+        """A model, and why it cannot stand on its rung; all ranks are told the same of whether it can."""
         set_attention(module, "eager")
-        model, problem = _tried(partial(rung.build, "; ".join(reasons)))
+        model, problem = _tried(build)
         stands = agree(problem is None)
-        if stands and model is not None and rung.name is not AttentionRung.RECOMPUTE:  # its own forward pass
+        if stands and model is not None and name is not AttentionRung.RECOMPUTE:  # its own forward pass
             _, problem = _tried(partial(check, model))
             stands = agree(problem is None)
-        if stands and model is not None:
+        return model, None if stands else problem or "another rank cannot stand there"
+
+    for rung in rungs:
+        build = partial(rung.build, "; ".join(reasons))
+        model, problem = tried(rung.name, build)
+        if problem is not None and not agree(model is None or not any(s.values_in_keys for s in model.layers)):
+            as_latents = problem
+            model, problem = tried(rung.name, partial(build, expanded_because=f"as latents, {as_latents}"))
+            if problem is None:
+                logger.warning("keys and values are cached, not the latents they are made of: %s", as_latents)
+        if problem is None and model is not None:
             return _settled(model)
-        reasons[f"not {rung.name}: {problem or 'another rank cannot stand there'}"] = None
+        reasons[f"not {rung.name}: {problem}"] = None
     raise UnsupportedModelError("; ".join(reasons))
 
 
