@@ -95,7 +95,7 @@ class InterceptedModel:
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
         specs = [attention.spec for attention in self._attentions]
         search = no_latents(specs, expanded_because) if expanded_because else self._find_latents(specs, num_positions)
-        self._taps = LatentTaps(search.by_call)
+        self._taps = LatentTaps(module, search.by_call)
         self.rung_reason = f"{len(specs)} {how} in its own code are answered by paged attention{search.describe()}"
         self.layers: list[LayerSpec] = search.cached(specs)
         self.groups: list[CacheGroup] = group_layers(self.layers)

@@ -2,20 +2,20 @@
 
 The code of such models projects a latent up to keys and values of all heads, and hands these to its attention. Nothing
 is looked for by name: in one pass of a few tokens it is followed where the elements of keys and values come from
-(adapt/origins.py). If all values, and a part of every head's key, are outputs of linears of one input, and the rest of
-the keys is the same for all heads, then that input and that rest are all that has to be cached.
+(adapt/origins.py, adapt/linears.py). If all values, and a part of every head's key, are outputs of linear maps of one
+input, and the rest of the keys is the same for all heads, then that input and that rest are all that has to be cached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shardwright.adapt.linears import LinearUse, LinearWatch, Source
 from shardwright.adapt.origins import OriginsMode
 from shardwright.attention.latent import LatentProjection
 from shardwright.cache.spec import LayerSpec
@@ -40,8 +40,8 @@ class NotLatentError(Exception):
 class Latent:
     """What makes the keys and values of one attention call."""
 
-    source: nn.Module
-    """Its input is the latent."""
+    source: Source
+    """The latent goes into it."""
     projection: LatentProjection
 
     def spec(self, expanded: LayerSpec) -> LayerSpec:
@@ -86,12 +86,18 @@ def no_latents(specs: Sequence[LayerSpec], reason: str = "") -> LatentSearch:
 
 
 def might_have_latents(model: nn.Module, specs: Sequence[LayerSpec]) -> bool:
-    """Whether some linear has an input small enough for a call, and as many outputs as the call has values."""
-    linears = [(linear.in_features, linear.out_features) for linear in _linears(model)]
+    """Whether some weight takes inputs small enough for a call, and makes as many outputs as the call has values."""
+    sizes: set[tuple[int, int]] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, nn.Linear) and parameter.ndim == 2:
+                sizes.add((parameter.shape[1], parameter.shape[0]))
+            elif not isinstance(module, nn.Embedding) and parameter.ndim > 1:
+                sizes |= {(size, parameter.numel() // size) for size in parameter.shape if size}
     return any(
         taken < LARGEST_SHARE * spec.elements_per_token and made >= spec.num_kv_heads * spec.value_dim
         for spec in specs
-        for taken, made in linears
+        for taken, made in sizes
     )
 
 
@@ -104,21 +110,17 @@ class LatentFinder:
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
-        self._model = model
         self._specs = specs
         self._latents: dict[int, Latent] = {}
         self._reasons: dict[int, str] = {}
         self._origins = OriginsMode()
         self._uses: list[_Use] = []
+        self._watch = LinearWatch(model)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch a pass."""
-        with ExitStack() as stack:
-            for linear in _linears(self._model):
-                hook = linear.register_forward_hook(self._note)
-                stack.callback(hook.remove)
-            stack.enter_context(self._origins)
+        with self._origins, self._watch.open(self._note):
             yield
 
     def look(self, number: int, key_KTD: Tensor, value_KTV: Tensor) -> None:
@@ -141,121 +143,123 @@ class LatentFinder:
         latents = [self._latents.get(number) for number in range(len(self._specs))]
         return LatentSearch(latents, next(iter(self._reasons.values()), ""))
 
-    def _note(self, linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Remember what a linear made of what."""
-        assert isinstance(linear, nn.Linear)
-        if len(args) == 1 and isinstance(output, Tensor) and output.shape[-1] == len(linear.weight):
-            tags = self._origins.renew(output)
-            self._uses.append(_Use(linear, args[0], int(tags.flatten()[0]), output.numel()))
+    def _note(self, use: LinearUse, output: Tensor) -> None:
+        """Remember what a linear map made of what."""
+        tags = self._origins.renew(output)
+        self._uses.append(_Use(use, output, int(tags.flatten()[0])))
 
     def _found(self, spec: LayerSpec, key: Tensor, value: Tensor) -> Latent:
-        num_tokens = key.shape[1]
         key_tags, value_tags = self._origins.of(key), self._origins.of(value)
         of_value = self._use_of(value_tags[0, 0, 0])
         if of_value is None:
-            raise NotLatentError("its values are no outputs of a linear")
-        value_rows = of_value.rows(value_tags)
-        inputs = self._origins.of(of_value.input)
+            raise NotLatentError("its values are no outputs of a linear map")
+        inputs = self._origins.of(of_value.use.input)
         own, of_key = [], None
         for dim, tag in enumerate(key_tags[0, 0]):
-            use = self._use_of(tag)
-            if use is not None and torch.equal(self._origins.of(use.input), inputs):
+            made_by = self._use_of(tag)
+            if made_by is not None and torch.equal(self._origins.of(made_by.use.input), inputs):
                 own.append(dim)
-                of_key = use
+                of_key = made_by
         if of_key is None:
-            raise NotLatentError("no part of its keys is made by a linear of what its values are made of")
+            raise NotLatentError("no part of its keys is made by a linear map of what its values are made of")
         shared = [dim for dim in range(key.shape[2]) if dim not in own]
         if not torch.equal(key_tags[..., shared], key_tags[:1, :, shared].expand(len(key), -1, -1)):
-            raise NotLatentError("what its keys have beside outputs of a linear is not the same for all heads")
+            raise NotLatentError("what its keys have beside outputs of a linear map is not the same for all heads")
         if own not in (list(range(len(own))), list(range(len(shared), key.shape[2]))):
             raise NotLatentError("the numbers of its keys that heads share lie among the others")
-        key_rows = of_key.rows(key_tags[..., own])
-        if of_value.linear.bias is not None or of_key.linear.bias is not None:
+        if of_value.use.has_bias or of_key.use.has_bias:
             raise NotLatentError("a bias is added to its keys or values")
-        latent = of_value.input.flatten(0, -2)
-        if len(latent) != num_tokens:
-            raise NotLatentError(f"its keys and values are made of {tuple(of_value.input.shape)}")
+        latent = of_value.use.input.flatten(0, -2)
+        if len(latent) != key.shape[1]:
+            raise NotLatentError(f"its keys and values are made of {tuple(of_value.use.input.shape)}")
         begin = 0 if own[0] else len(own)
         projection = LatentProjection(
-            _rows(of_key.linear.weight.detach(), key_rows),
-            _rows(of_value.linear.weight.detach(), value_rows),
-            slice(begin, begin + len(shared)),
+            of_key.weight(key_tags[..., own]), of_value.weight(value_tags), slice(begin, begin + len(shared))
         )
         if projection.row_dim >= LARGEST_SHARE * spec.elements_per_token:
             sizes = f"{projection.row_dim} numbers a token are not much less than {spec.elements_per_token}"
             raise NotLatentError(f"its latent would save little: {sizes}")
         if not latent.is_meta:
             _check(projection, latent, key, value)
-        return Latent(of_value.linear, projection)
+        return Latent(of_value.use.source, projection)
 
     def _use_of(self, tag: Tensor) -> _Use | None:
-        """The use of a linear that made an element."""
-        return next((use for use in self._uses if use.first <= int(tag) < use.first + use.count), None)
+        """The use of a linear map that made an element."""
+        return next((use for use in self._uses if use.first <= int(tag) < use.first + use.output.numel()), None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One call of a linear."""
+    """A use of a linear map, and the tags of its output."""
 
-    linear: nn.Linear
-    input: Tensor
+    use: LinearUse
+    output: Tensor
     first: int
-    """Tag of the first number of its output."""
-    count: int
+    """Tag of its first number."""
 
-    def rows(self, tags: Tensor) -> Tensor:
-        """Which rows of the weight make the elements with these tags.
+    def weight(self, tags: Tensor) -> Tensor:
+        """The rows of the matrix that make the elements with these tags.
 
         Args:
             tags: [K, T, N], of elements of keys or values; those of a token have to be made of its own input.
 
-        Returns: [K, N] int64.
+        Returns: [K, N, R].
         Raises: NotLatentError.
         """
+        matrix = self.use.matrix(self.output)
+        if matrix is None:
+            raise NotLatentError("it cannot be told which numbers its latent is multiplied by")
+        weight, token_dim = matrix
+        num_tokens, inner = self.output.shape[token_dim], self.output.shape[token_dim + 1 :].numel()
         places = tags - self.first
-        is_own = bool(((places >= 0) & (places < self.count)).all())
-        width = len(self.linear.weight)
-        tokens, rows = places // width, places % width
-        is_own = is_own and bool((tokens == torch.arange(tags.shape[1])[:, None]).all())
+        tokens = places // inner % num_tokens
+        rows = places // (inner * num_tokens) * inner + places % inner
+        is_own = bool(((places >= 0) & (places < self.output.numel())).all())
+        is_own = is_own and torch.equal(tokens, torch.arange(tags.shape[1])[:, None].expand_as(tokens))
         if not is_own or not torch.equal(rows, rows[:, :1].expand_as(rows)):
-            raise NotLatentError("its keys or values are not all made by one linear, each token's of its own input")
-        return rows[:, 0]
+            raise NotLatentError("its keys or values are not all made by one linear map, each token's of its own input")
+        return _rows(weight, rows[:, 0])
 
 
 class LatentTaps:
     """Takes the latents of a forward pass where the code hands them on.
 
     Args:
+        model: that runs.
         latents: by attention call.
     """
 
-    def __init__(self, latents: Sequence[Latent | None]) -> None:
+    def __init__(self, model: nn.Module, latents: Sequence[Latent | None]) -> None:
         self._latents = latents
-        self._sources = {id(latent.source): latent.source for latent in latents if latent is not None}
-        self._taken: dict[int, Tensor] = {}
+        self._sources = {latent.source for latent in latents if latent is not None}
+        self._watch = LinearWatch(model, self._sources)
+        self._taken: dict[Source, Tensor] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Take the latents of the pass inside."""
-        with ExitStack() as stack:
-            for source in self._sources.values():
-                hook = source.register_forward_pre_hook(self._take)
-                stack.callback(hook.remove)
-            stack.callback(self._taken.clear)
-            yield
+        try:
+            with self._watch.open(self._take):
+                yield
+        finally:
+            self._taken.clear()
 
     def take(self, number: int) -> tuple[Tensor, LatentProjection] | None:
-        """The latents of the tokens of a call, [T, R], and what makes keys and values of them; None if it has none."""
+        """The latents of the tokens of a call, [T, R], and what makes keys and values of them; None if it has none.
+
+        Raises: UnsupportedModelError if the code has made none.
+        """
         latent = self._latents[number]
         if latent is None:
             return None
-        taken = self._taken.pop(id(latent.source), None)
+        taken = self._taken.pop(latent.source, None)
         if taken is None:
             raise UnsupportedModelError("its code makes keys and values in another way than when it was looked at")
         return taken.flatten(0, -2), latent.projection
 
-    def _take(self, source: nn.Module, args: tuple[Any, ...]) -> None:
-        self._taken[id(source)] = args[0]
+    def _take(self, use: LinearUse, output: Tensor) -> None:
+        if use.source in self._sources:
+            self._taken[use.source] = use.input
 
 
 def find_latents(
@@ -281,10 +285,6 @@ def find_latents(
     except Exception as exc:  # the pass has gone well before: it is our looking at it that fails
         return no_latents(specs, f"what they are made of cannot be followed: {described(exc)}")
     return finder.result
-
-
-def _linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def _rows(weight: Tensor, rows_KN: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class ServedModel:
             self.latents = no_latents(specs, expanded_because)
         else:
             self.latents = probe_latents(module, self.calls, num_positions=num_positions, agree=agree)
-        self._taps = LatentTaps(self.latents.by_call)
+        self._taps = LatentTaps(module, self.latents.by_call)
         how = "attention calls go through Transformers' attention interface"
         self.rung_reason = f"{len(self.calls)} {how}{self.latents.describe()}"
         self.layers: list[LayerSpec] = self.latents.cached(specs)
