@@ -24,6 +24,9 @@ RECOMPUTE = {
     "token_shift": "logits differ from those of its own forward pass",
 }
 
+LATENT = {"latent_parts", "latent_sdpa"}
+"""Those that cache latents in place of keys and values."""
+
 QUICK = {
     "alibi_bare", "causal_llama", "gathered_rope", "latent_parts", "linear_attention", "sink_column", "t5_bias",
     "talking_heads", "torch_encoder", "tril_gpt",

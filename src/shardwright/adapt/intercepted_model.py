@@ -94,10 +94,15 @@ class InterceptedModel:
         self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
         specs = [attention.spec for attention in self._attentions]
-        search = no_latents(specs, expanded_because) if expanded_because else self._find_latents(specs, num_positions)
-        self._taps = LatentTaps(module, search.by_call)
-        self.rung_reason = f"{len(specs)} {how} in its own code are answered by paged attention{search.describe()}"
-        self.layers: list[LayerSpec] = search.cached(specs)
+        if expanded_because:
+            self.latents = no_latents(specs, expanded_because)
+        else:
+            self.latents = self._find_latents(specs, num_positions)
+        self._taps = LatentTaps(module, self.latents.by_call)
+        self.rung_reason = (
+            f"{len(specs)} {how} in its own code are answered by paged attention{self.latents.describe()}"
+        )
+        self.layers: list[LayerSpec] = self.latents.cached(specs)
         self.groups: list[CacheGroup] = group_layers(self.layers)
         head = agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)), agree)
         self.head = None if short.gives_last_alone else head
