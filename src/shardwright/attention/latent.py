@@ -16,6 +16,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1, for the absorption.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +74,20 @@ class LatentProjection:
         """Values of sums of latents, one for each query head: [T, H, V]."""
         latent_TKGR = latent_THR.unflatten(1, (len(self.up_value_KVR), -1))
         return torch.einsum("tkgr,kvr->tkgv", latent_TKGR, self.up_value_KVR).flatten(1, 2)
+
+    def around(self, attend: Callable[[Tensor], Tensor], query_THD: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        """Attention to the cached rows as they are, for all that an attention to any keys and values knows.
+
+        Args:
+            attend: queries to the rows, [T, H, C], to sums of latents, [T, H, R]; dtype of the queries.
+            query_THD: [T, H, D].
+            compute_dtype: of the products with the projection.
+
+        Returns: [T, H, V], dtype of the queries.
+        """
+        projection, dtype = self.to(compute_dtype), query_THD.dtype
+        latent_THR = attend(projection.absorbed(query_THD.to(compute_dtype)).to(dtype))
+        return projection.values_of(latent_THR.to(compute_dtype)).to(dtype)
 
     def expanded(self, rows_LC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [L, K, D] and values [L, K, V] of cached rows of the dtype of the projection."""

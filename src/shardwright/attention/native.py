@@ -40,6 +40,7 @@ class NativeBackend:
 
     def __init__(self, batched: BatchedBackend) -> None:
         self.block_size = batched.block_size
+        self.compute_dtype = batched.compute_dtype
         self._batched = batched
 
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> NativePlan:
@@ -80,26 +81,17 @@ class NativeBackend:
         params: AttentionParams,
         projection: LatentProjection,
     ) -> Tensor:
+        def decode(query_SHD: Tensor) -> Tensor:
+            return projection.around(
+                lambda query_SHC: self._decode(query_SHC, cache, plan, params), query_SHD, self.compute_dtype
+            )
+
         if plan.tokens is None:
-            return self._decode_latent(query_THD, cache, plan, params, projection)
+            return decode(query_THD)
         output = self._batched.forward_latent(query_THD, key_TKD, value_TKV, cache, plan.prompts, params, projection)
         if len(plan.tokens):
-            output[plan.tokens] = self._decode_latent(query_THD[plan.tokens], cache, plan, params, projection)
+            output[plan.tokens] = decode(query_THD[plan.tokens])
         return output
-
-    def _decode_latent(
-        self,
-        query_SHD: Tensor,
-        cache: LayerCache,
-        plan: NativePlan,
-        params: AttentionParams,
-        projection: LatentProjection,
-    ) -> Tensor:
-        """The kernel reads each row once for all heads; the projections around it are computed in torch."""
-        projection = projection.to(self._batched.compute_dtype)
-        query_SHC = projection.absorbed(query_SHD.to(self._batched.compute_dtype))
-        latent_SHR = self._decode(query_SHC.to(query_SHD.dtype), cache, plan, params)
-        return projection.values_of(latent_SHR.to(self._batched.compute_dtype)).to(query_SHD.dtype)
 
     def _decode(self, query_SHD: Tensor, cache: LayerCache, plan: NativePlan, params: AttentionParams) -> Tensor:
         return paged_decode(
