@@ -118,8 +118,8 @@ def config_model(model_type: str, **fields: object) -> Callable[[], nn.Module]:
     return lambda: draw(make_config(model_type, fields), seed=0)
 
 
-class Disagreed(Exception):
-    """The last stage says no where the first was told that all say yes."""
+class Disagreed(BaseException):
+    """The last stage says no where the first was told that all say yes; nothing on the ladder catches it."""
 
 
 def climb_in_turn(module: nn.Module) -> list[StepModel]:
@@ -214,7 +214,8 @@ def test_a_stage_without_attention_goes_along() -> None:
 
 
 def test_a_rung_that_is_wrong_for_another_rank_is_not_taken() -> None:
-    answers = iter([True, True, True, False])  # its own forward pass, positions, what it asks for, its logits
+    # Its own forward pass, positions, what it asks for, that it has no latents, that it is built, its logits.
+    answers = iter([True, True, True, True, True, False])
     model = climb(
         draw(make_config("llama", {}), seed=0),
         num_positions=POSITIONS,

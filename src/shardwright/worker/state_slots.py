@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shardwright.adapt.agreement import agreed
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
@@ -64,7 +65,7 @@ class StateSlotModel:
     ) -> None:
         self.takes_chunks = takes_chunks
         self._decodes_together = decodes_together
-        self._states = find_states(module, vocab_size=vocab_size, agree=agree)
+        self._states = agreed(lambda: find_states(module, vocab_size=vocab_size, agree=agree), agree)
         self._served = ServedModel(
             module,
             num_positions=num_positions,
