@@ -14,14 +14,24 @@ import shardwright
 
 PACKAGE = Path(shardwright.__file__).parent
 
-LEAVES = {"errors", "paths", "config", "sampling_params", "outputs", "engine.messages", "foreign_errors"}
+LEAVES = {
+    "errors",
+    "paths",
+    "config",
+    "weight_format",
+    "sampling_params",
+    "outputs",
+    "engine.messages",
+    "foreign_errors",
+}
 """Plain records that anybody may import; among themselves they follow MAY_IMPORT."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "foreign_errors": set(),
     "paths": set(),
-    "config": {"errors"},
+    "config": {"errors", "weight_format"},
+    "weight_format": set(),
     "sampling_params": {"errors"},
     "outputs": set(),
     "engine.messages": {"outputs", "sampling_params"},

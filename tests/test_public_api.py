@@ -25,6 +25,7 @@ ENGINE_OPTIONS = {
     "max_model_len": None,
     "device": "auto",
     "seed": 0,
+    "self_check": True,
     "task": "auto",
     "block_size": 16,
     "kv_cache_memory_bytes": None,

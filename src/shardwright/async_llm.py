@@ -18,7 +18,7 @@ from shardwright.engine.receiver import Receiver
 from shardwright.engine.replicas import Replicas
 from shardwright.errors import EngineDeadError, ShardwrightError
 from shardwright.models.tokenizer import Tokenizer
-from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput
+from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput, ScoreOutput
 from shardwright.sampling_params import SamplingParams
 
 PoolingResult = TypeVar("PoolingResult")
@@ -162,6 +162,16 @@ class AsyncLLM:
     ) -> list[ClassificationOutput]:
         """Classify texts, with a model that has a head for it. As `embed` otherwise."""
         return await self._pool(self._pooling.classify(prompts, truncate_prompt_tokens=truncate_prompt_tokens))
+
+    async def score(
+        self,
+        text_1: Prompt | Sequence[Prompt],
+        text_2: Prompt | Sequence[Prompt] | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoreOutput]:
+        """One number per text or per pair of texts, as `LLM.score` has them. As `embed` otherwise."""
+        return await self._pool(self._pooling.score(text_1, text_2, truncate_prompt_tokens=truncate_prompt_tokens))
 
     async def _pool(self, job: PoolingJob[PoolingResult]) -> list[PoolingResult]:
         if self._error is not None:

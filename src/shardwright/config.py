@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shardwright.errors import ConfigError
+from shardwright.weight_format import WeightFormat
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
+Quantization = Literal["none", "int8", "int4"]
 Policy = Literal["fcfs", "priority"]
 Task = Literal["auto", "generate", "embed", "classify"]
 PoolingType = Literal["auto", "mean", "cls", "last"]
@@ -77,6 +79,12 @@ class ModelConfig:
     weight_map: str | None = option(
         None, "JSON or YAML file that renames or joins weights; default: rename.json or rename.yaml beside them."
     )
+    quantization: Quantization = option(
+        "none", "Keep the weights of linears in 8 or 4 bits: less memory and faster steps, at some loss of precision."
+    )
+    quantization_group_size: int = option(
+        32, "Input features of a quantized weight that share a scale: fewer are more precise, and take more memory."
+    )
     trust_remote_code: bool = option(False, "Run the modeling code that lies in the model directory.")
     max_model_len: int | None = option(
         None, "Most tokens of prompt and output together; default: what the model's config allows."
@@ -86,6 +94,11 @@ class ModelConfig:
         False, "Run the model's own code in every step, instead of recording decode steps and repeating them natively."
     )
     seed: int = option(0, "Seed of sampling for requests that give none.")
+    self_check: bool = option(
+        True,
+        "At start, compare the served model with its own untouched code on a few random tokens; without it, the first "
+        "way of serving that can be built is taken, right or wrong.",
+    )
     task: Task = option("auto", "What the model is for: generating, embedding or classifying texts; auto: its config.")
 
     def __post_init__(self) -> None:
@@ -95,7 +108,18 @@ class ModelConfig:
         check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
         check_choice(self, "load_format", ("auto", "safetensors", "pt", "dummy"))
         check_choice(self, "device", ("auto", "cpu", "cuda"))
-        check_positive(self, "max_model_len")
+        check_choice(self, "quantization", ("none", "int8", "int4"))
+        check_positive(self, "max_model_len", "quantization_group_size")
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """Of quantized linears; None: they stay as they are."""
+        match self.quantization:
+            case "int8":
+                return WeightFormat(8, self.quantization_group_size)
+            case "int4":
+                return WeightFormat(4, self.quantization_group_size)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -192,17 +192,18 @@ class LLM:
     def score(
         self,
         text_1: Prompt | Sequence[Prompt],
-        text_2: str | Sequence[str] | None = None,
+        text_2: Prompt | Sequence[Prompt] | None = None,
         *,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[ScoreOutput]:
-        """One number per text, or per pair of texts, with a model that has a single label.
+        """One number per text or per pair of texts, with a classifier of a single label; per pair, with an embedder.
 
         Args:
             text_1: texts whose logit is the score, as with reward models; or the first texts of pairs, such as queries.
             text_2: the second texts; as many as first ones, or one first text for all. The score of a pair is the
-                sigmoid of the logit, unless the model's config has another rule.
+                sigmoid of the logit, unless the model's config has another rule; the cosine of both embeddings, if the
+                model embeds.
             truncate_prompt_tokens, use_tqdm: as for `embed`.
 
         Raises: RequestError before anything runs, if the model does not score or a text is wrong.

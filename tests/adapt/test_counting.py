@@ -8,40 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwright.adapt.counting import Use, leading_slice
-from shardwright.adapt.trace import TracingMode
+from shardwright.adapt.count_calls import CountCalls, tables_of
+from shardwright.adapt.counting import CountFollower, CountingMode, Use
 
 NUM_TOKENS = 13
 TABLE = torch.randn(32, 6)
-
-
-@pytest.mark.parametrize(
-    ("shape", "index", "dim"),
-    [
-        ((32, 6), slice(13), 0),
-        ((32, 6), slice(0, 13), 0),
-        ((32, 6), (slice(13), None), 0),
-        ((1, 32, 6), (slice(None), slice(13)), 1),
-        ((1, 1, 32, 6), (slice(None), slice(None), slice(13), Ellipsis), 2),
-        ((1, 1, 32, 6), (Ellipsis, slice(13), slice(None)), 2),
-        ((4, 32, 6), (0, slice(13)), 1),
-        ((1, 32, 6), (None, slice(None), slice(13)), 1),
-    ],
-)
-def test_slices_of_leading_rows(shape: tuple[int, ...], index: Any, dim: int) -> None:
-    table = torch.randn(shape)
-    part = leading_slice(table, index)
-    assert part is not None
-    assert (part.dim, part.stop) == (dim, 13)
-    rows = table.index_select(part.dim, torch.arange(13))
-    assert torch.equal(rows[part.without_stop()], table[index])
-
-
-@pytest.mark.parametrize(
-    "index", [slice(1, 13), slice(0, 13, 2), slice(None), 5, (slice(13), slice(13)), torch.arange(3), (slice(13), [0])]
-)
-def test_other_indices(index: Any) -> None:
-    assert leading_slice(torch.randn(32, 32), index) is None
 
 
 class Model(nn.Module):
@@ -93,7 +64,7 @@ def picked_from_a_table(model: Model, tokens: Tensor) -> Tensor:
 )
 def test_counts_are_followed(code: Any, use: Use) -> None:
     model, tokens = Model(), torch.randint(32, (1, NUM_TOKENS))
-    mode = TracingMode(model, NUM_TOKENS)
-    with mode:
+    follower = CountFollower(CountCalls(tables_of(model)), NUM_TOKENS)
+    with CountingMode(follower):
         code(model, tokens)
-    assert list(mode.trace.counts.values()) == [use]
+    assert list(follower.uses.values()) == [use]

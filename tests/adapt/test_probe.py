@@ -21,7 +21,7 @@ WINDOW = Visibility(VisibilityKind.SLIDING, 16)
 
 def calls_of(model_type: str, **config: object) -> list[AttentionCall]:
     dispatch.register()
-    return probe_attention(make_model(model_type, **config), num_positions=256).calls
+    return probe_attention(make_model(model_type, **config), num_positions=256)
 
 
 def test_heads_sizes_and_names_are_read() -> None:
@@ -78,8 +78,8 @@ def test_a_model_on_meta_shows_the_same() -> None:
     dispatch.register()
     model = make_model("gemma2", sliding_window=16)
     on_meta = build_module(model.config, torch.bfloat16, trust_remote_code=False)
-    calls = probe_attention(on_meta, num_positions=256).calls
-    expected = probe_attention(model, num_positions=256).calls
+    calls = probe_attention(on_meta, num_positions=256)
+    expected = probe_attention(model, num_positions=256)
     assert [call.spec for call in calls] == [call.spec for call in expected]
     assert [call.params for call in calls] == [call.params for call in expected]
 
@@ -92,7 +92,7 @@ def test_a_mask_that_no_layer_uses_stands_in_nobody_s_way() -> None:
 
 
 def test_own_code_that_dispatches_is_read() -> None:
-    calls = probe_attention(make_tale(), num_positions=256).calls
+    calls = probe_attention(make_tale(), num_positions=256)
     assert [call.spec.name for call in calls] == [f"chapters.chapter_{i}.listener" for i in range(3)]
     assert (calls[0].spec.num_heads, calls[0].spec.num_kv_heads) == (4, 2)
 

@@ -104,3 +104,15 @@ def test_inspect_shows_an_encoder_as_it_would_be_served(shardwright: Shardwright
     assert document["attention"] == {"rung": "none", "reason": "texts are read whole, without a cache"}
     assert [group["kind"] for group in document["cache_groups"]] == ["none"]
     assert "attention: none: texts are read whole" in shardwright("inspect", str(tmp_path)).stdout
+
+
+def test_inspect_lists_what_is_quantized(shardwright: Shardwright, tiny_llama: Path) -> None:
+    document = shardwright("inspect", str(tiny_llama), "--quantization", "int8", "--json").json
+    linears = [entry["module"] for entry in document["replaced"] if entry["what"] == "linear"]
+    assert document["quantization"]["format"] == "int8 in groups of 32"
+    assert document["quantization"]["linears"] == len(linears) >= 14
+    assert "model.layers.1.mlp.down_proj" in linears
+    assert document["quantization"]["weight_bytes"] < document["weight_bytes"] / 2
+    text = shardwright("inspect", str(tiny_llama), "--quantization", "int4").stdout
+    assert re.search(r"o_proj: Linear.*<- rowwise; int4 in groups of 32 \(2\)$", text, flags=re.MULTILINE)
+    assert f"quantized: {len(linears)} linears, int4 in groups of 32; " in text

@@ -21,11 +21,11 @@ PROMISED = {
     "--gpu-memory-utilization --kv-cache-memory-bytes --enable-prefix-caching --no-enable-prefix-caching "
     "--enable-chunked-prefill --no-enable-chunked-prefill --trust-remote-code --tokenizer --load-format --device "
     "--json --tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --tp-plan --pp-plan "
-    "--distributed-executor-backend",
+    "--distributed-executor-backend --quantization --enforce-eager --self-check --no-self-check",
     "serve": "--host --port --api-key --root-path --ssl-keyfile --ssl-certfile --uvicorn-log-level --allowed-origins "
     "--served-model-name --chat-template --dtype --max-model-len --seed --kv-cache-memory-bytes "
     "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --tp-plan --pp-plan "
-    "--distributed-executor-backend",
+    "--distributed-executor-backend --quantization --enforce-eager --self-check --no-self-check",
     "complete": "--url --model --api-key --max-tokens --quick -q --json",
     "chat": "--url --model --api-key --max-tokens --quick -q --json",
     "models": "--url --api-key --json",

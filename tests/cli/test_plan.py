@@ -134,3 +134,19 @@ def test_check_of_a_70b_config_takes_seconds_and_no_weights(tmp_path: Path) -> N
     assert json.loads(done.stdout)["ok"]
     assert after.ru_maxrss * 1024 < GIB
     assert after.ru_utime - before.ru_utime < 20, "some 8 s on a machine that is not busy"
+
+
+def test_show_counts_the_bytes_of_quantized_weights(shardwright: Shardwright, tiny_llama: Path) -> None:
+    def memory(*flags: str) -> list[int]:
+        document = shardwright("plan", "show", str(tiny_llama), "--tp", "2", "--pp", "1", "--json", *flags).json
+        return [rank["weight_bytes"] for rank in document["memory"]]
+
+    plain, quantized = memory(), memory("--quantization", "int4", "--quantization-group-size", "16")
+    assert max(quantized) < min(plain) / 2
+
+
+def test_an_unknown_quantization_is_wrong_usage(shardwright: Shardwright, tiny_llama: Path) -> None:
+    result = shardwright("plan", "show", str(tiny_llama), "--quantization", "int3")
+    assert result.code == 2
+    assert "none" in result.stderr
+    assert "int4" in result.stderr

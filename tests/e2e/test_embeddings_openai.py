@@ -67,6 +67,23 @@ def test_token_ids_are_texts_too(client: OpenAI, server: ServerProcess) -> None:
     np.testing.assert_allclose([one.embedding for one in by_ids.data], [by_text.data[0].embedding] * 2, atol=1e-6)
 
 
+def test_scores_and_ranks_are_those_of_the_library(server: ServerProcess, directory: Path) -> None:
+    with LLM(str(directory), pooling="cls") as llm:
+        expected = [output.score for output in llm.score(TEXTS[0], TEXTS, use_tqdm=False)]
+    assert np.argmax(expected) == 0
+    answer = httpx.post(f"{server.url}/score", json={"text_1": TEXTS[0], "text_2": TEXTS})
+    assert answer.status_code == 200, answer.text
+    scores = answer.json()["data"]
+    np.testing.assert_allclose([one["score"] for one in scores], expected, atol=1e-5)
+    body = {"model": "tiny", "query": TEXTS[0], "documents": TEXTS, "top_n": 2}
+    ranked = httpx.post(f"{server.url}/v1/rerank", json=body).json()["results"]
+    assert [one["index"] for one in ranked] == np.argsort(expected)[::-1][:2].tolist()
+    assert [one["document"]["text"] for one in ranked] == [TEXTS[one["index"]] for one in ranked]
+    np.testing.assert_allclose([one["relevance_score"] for one in ranked], sorted(expected)[::-1][:2], atol=1e-5)
+    refused = httpx.post(f"{server.url}/score", json={"text_1": TEXTS[0]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text_2")
+
+
 def test_what_cannot_be_done_is_a_bad_request(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="not trained to be cut"):
         client.embeddings.create(model="tiny", input="a", dimensions=8)

@@ -53,6 +53,16 @@ def test_what_is_learned_once_holds_for_every_batch_and_length(batch: int, lengt
     assert torch.equal(output, x.view(batch, length, 2, 8))
 
 
+def test_a_size_that_follows_from_the_others_is_not_taken_for_right_where_it_fits_by_accident() -> None:
+    def heads(x: Tensor) -> Tensor:
+        return x.view(1, -1, 4, 8)
+
+    known = learned(heads, torch.rand(1, 7, 16))
+    output = with_views(heads, known)(torch.rand(1, 6, 16))
+    assert isinstance(output, Tensor)
+    assert output.shape == (1, 6, 2, 8)
+
+
 def test_sizes_that_are_multiples_of_a_cut_one_are_this_ranks_multiples() -> None:
     def rows(x: Tensor, batch: int) -> Tensor:
         return x.reshape(batch * 4, 7, 8)

@@ -11,11 +11,12 @@ from tests.zoo.builder import make_config
 from torch import nn
 
 from shardwright.models.build import build_module
+from shardwright.plans.deal import is_exchanged
 from shardwright.plans.groups import UnitGroup
 from shardwright.plans.infer import infer_plan
 from shardwright.plans.patterns import matches
 from shardwright.plans.plan import ParallelPlan, plan_of
-from shardwright.plans.resolve import cut_dimension, is_exchanged, matching_pattern, parameters_of
+from shardwright.plans.resolve import cut_dimension, matching_pattern, parameters_of
 from shardwright.plans.styles import REPLICATE
 from shardwright.plans.units import unit_groups
 

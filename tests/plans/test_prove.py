@@ -131,7 +131,7 @@ def test_progress_is_told() -> None:
 
 
 class HardCodedHeads(nn.Module):
-    """An attention whose code says how many heads there are."""
+    """An attention whose code says how many heads there are, and adds something for each of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,6 +140,7 @@ class HardCodedHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (linear(x).view(1, -1, 4, 4).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q = q + torch.arange(4)[:, None, None]
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(1, -1, 16))  # type: ignore[no-any-return]  # nn.Module's call
 

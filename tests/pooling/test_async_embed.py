@@ -45,6 +45,13 @@ async def test_callers_share_batches_and_get_their_own(engine: AsyncLLM, directo
     assert await engine.embed([]) == []
 
 
+async def test_scores_are_those_of_the_library(engine: AsyncLLM, directory: Path) -> None:
+    with LLM(str(directory)) as llm:
+        expected = [output.score for output in llm.score("sea", ["seas", "x"], use_tqdm=False)]
+    scores = [output.score for output in await engine.score("sea", ["seas", "x"])]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
 async def test_what_nobody_waits_for_is_not_read(engine: AsyncLLM) -> None:
     await engine.embed("warm")
     waiting = asyncio.create_task(engine.embed(["x" * 64] * 20_000))

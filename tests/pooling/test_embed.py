@@ -95,6 +95,16 @@ def test_small_batches_change_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(embed(tmp_path, max_num_seqs=2, max_num_batched_tokens=30), together, atol=1e-6)
 
 
+def test_without_the_check_texts_are_read_together_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(BertModel, bert_config(), tmp_path)
+    together = embed(tmp_path)
+    assert "not verified" not in caplog.text
+    np.testing.assert_allclose(embed(tmp_path, self_check=False), together, atol=1e-6)
+    assert "was not verified" in caplog.text
+
+
 @pytest.mark.parametrize("pooling", POOL)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_options_override_the_default(pooling: str, normalize: bool, tmp_path: Path) -> None:
@@ -252,6 +262,37 @@ def test_every_form_of_prompt(tmp_path: Path) -> None:
         for output in outputs[1:]:
             np.testing.assert_allclose(output.embedding, outputs[0].embedding, atol=1e-6)
         assert llm.embed([]) == []
+
+
+class TestScores:
+    """Of an embedder: how alike two texts are."""
+
+    def test_are_cosines_of_embeddings(self, tmp_path: Path) -> None:
+        save(BertModel, bert_config(), tmp_path)
+        with LLM(str(tmp_path), normalize=False) as llm:
+            [first, *others] = [np.array(one.embedding) for one in llm.embed(TEXTS, use_tqdm=False)]
+            scores = llm.score(TEXTS[0], TEXTS[1:], use_tqdm=False)
+            pairs = llm.score(TEXTS[:2], [TEXTS[1], llm.tokenizer.encode(TEXTS[2])], use_tqdm=False)
+            num_tokens = [len(llm.tokenizer.encode(text)) for text in TEXTS]
+        expected = [first @ other / np.linalg.norm(first) / np.linalg.norm(other) for other in others]
+        np.testing.assert_allclose([one.score for one in scores], expected, atol=1e-5)
+        assert [len(one.prompt_token_ids) for one in scores] == [num_tokens[0] + number for number in num_tokens[1:]]
+        expected = [expected[0], float(unit(torch.tensor(others[0])) @ unit(torch.tensor(others[1])))]
+        np.testing.assert_allclose([one.score for one in pairs], expected, atol=1e-5)
+
+    def test_need_two_texts(self, tmp_path: Path) -> None:
+        save(BertModel, bert_config(), tmp_path)
+        with LLM(str(tmp_path)) as llm:
+            for texts, says, param in (
+                (("a",), "give the other text", "text_2"),
+                ((["a", "b"], ["a", "b", "c"]), "2 and 3 texts", "text_2"),
+                (("a" * 65, "b"), "65 tokens", "text_1"),
+                (("a", ["b", "a" * 65]), "65 tokens", r"text_2[1]"),
+            ):
+                with pytest.raises(RequestError, match=says) as caught:
+                    llm.score(*texts)
+                assert caught.value.param == param
+            assert llm.score("a", []) == []
 
 
 def test_an_embedder_does_not_generate(tmp_path: Path, tiny_llama: Path) -> None:

@@ -23,6 +23,7 @@ from shardwright.outputs import (
     Logprob,
     RequestMetrics,
     RequestOutput,
+    ScoreOutput,
 )
 from shardwright.sampling_params import SamplingParams
 
@@ -164,6 +165,25 @@ class AlphabetEngine:
             )
             for prompt in prompts
         ]
+
+    async def score(
+        self,
+        text_1: Sequence[str | list[int]],
+        text_2: Sequence[str | list[int]] | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoreOutput]:
+        """A text has its length; a pair the share of the first text's letters that the second has."""
+        check_task(self.info, "score")
+        outputs = []
+        for place, other in enumerate(text_1 if text_2 is None else text_2):
+            one = text_1[place if len(text_1) > 1 else 0]
+            if not other:
+                raise RequestError("the prompt is empty", param="text_1" if text_2 is None else f"text_2[{place}]")
+            score = len(one) if text_2 is None else len({*one} & {*other}) / len({*one})
+            token_ids = list(range(len(one) + (0 if text_2 is None else len(other[:truncate_prompt_tokens]))))
+            outputs.append(ScoreOutput(prompt_token_ids=token_ids, score=float(score)))
+        return outputs
 
     def _check(self, token_ids: list[int]) -> None:
         if not self.is_alive:

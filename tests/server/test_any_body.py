@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 from tests.server.fake_engine import AlphabetEngine
 
 from shardwright.server import ServerConfig, build_app
-from shardwright.server.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from shardwright.server.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    RerankBody,
+    ScoreBody,
+    TokenizeBody,
+)
 
 BODIES = {
     "/v1/completions": (CompletionBody, {"prompt": "a"}),
     "/v1/chat/completions": (ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
     "/v1/embeddings": (EmbeddingBody, {"input": "a"}),
+    "/score": (ScoreBody, {"text_1": "a"}),
+    "/rerank": (RerankBody, {"query": "a", "documents": ["a"]}),
     "/tokenize": (TokenizeBody, {"prompt": "a"}),
     "/detokenize": (DetokenizeBody, {"tokens": [97]}),
 }
@@ -37,7 +47,7 @@ VALUES = LIKELY | st.recursive(
 
 
 async def post(path: str, body: dict[str, Any]) -> httpx.Response:
-    engine = AlphabetEngine(task="embed" if path == "/v1/embeddings" else "generate")
+    engine = AlphabetEngine(task="embed" if path in ("/v1/embeddings", "/score", "/rerank") else "generate")
     transport = httpx.ASGITransport(build_app(engine, ServerConfig()))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         return await client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})

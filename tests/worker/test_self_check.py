@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.zoo.builder import draw, make_config
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
+from shardwright import LLM, SamplingParams
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.batched import BatchedBackend
@@ -25,9 +27,18 @@ from shardwright.worker.step import StepModel
 CPU = torch.device("cpu")
 
 
-def climbed(module: nn.Module, dtype: torch.dtype = torch.float32, block_size: int = 4) -> StepModel:
+def climbed(
+    module: nn.Module, dtype: torch.dtype = torch.float32, block_size: int = 4, self_check: bool = True
+) -> StepModel:
     return climb(
-        module, num_positions=256, vocab_size=128, block_size=block_size, dtype=dtype, compute_dtype=dtype, device=CPU
+        module,
+        num_positions=256,
+        vocab_size=128,
+        block_size=block_size,
+        dtype=dtype,
+        compute_dtype=dtype,
+        device=CPU,
+        self_check=self_check,
     )
 
 
@@ -36,6 +47,22 @@ class CountsByArange(Tale):
 
     def places(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return torch.arange(input_ids.shape[1])[None]
+
+
+class CountsForOtherReasons(CountsByArange):
+    """The second count finds the tokens of the prompt, wherever they stand."""
+
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return super().tell(input_ids, position_ids)[:, torch.arange(input_ids.shape[1])]
+
+
+class RemembersItsCounts(Tale):
+    def places(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        known: dict[int, Tensor] = self.__dict__.setdefault("known", {})
+        length = input_ids.shape[1]
+        if length not in known:
+            known[length] = torch.arange(length)[None]
+        return known[length]
 
 
 class CountsByCumsum(Tale):
@@ -62,10 +89,16 @@ class KnowsTheEnd(Tale):
         return x - x.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", [Tale, CountsByArange])
+@pytest.mark.parametrize("kind", [Tale, CountsByArange, CountsForOtherReasons])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_honest_code_is_packed(kind: type[Tale], block_size: int) -> None:
     assert climbed(make_tale(kind), block_size=block_size).rung is AttentionRung.INTERFACE
+
+
+def test_code_that_remembers_its_counts_is_not_packed() -> None:
+    model = climbed(make_tale(RemembersItsCounts))
+    assert model.rung is AttentionRung.RECOMPUTE
+    assert "not interface: its code counts tokens once" in model.rung_reason
 
 
 @pytest.mark.parametrize("kind", [CountsByCumsum, LooksAtTheWordBefore, SumsUpTheWords, KnowsTheEnd])
@@ -75,6 +108,43 @@ def test_code_that_cheats_is_not_packed(kind: type[Tale], caplog: pytest.LogCapt
     assert model.rung is AttentionRung.RECOMPUTE
     assert "not interface: logits differ from those of its own forward pass" in model.rung_reason
     assert "one request at a time" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [Tale, SumsUpTheWords])
+def test_without_the_check_the_first_rung_that_can_be_built_is_taken(
+    kind: type[Tale], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = climbed(make_tale(kind), self_check=False)
+    assert model.rung is AttentionRung.INTERFACE
+    assert [record.getMessage() for record in caplog.records] == [
+        "rung 'interface' was not checked: that the model's tokens are right was not verified"
+    ]
+
+
+class InsistsOnItsOwn(Tale):
+    """Cannot be built on the first rung, whether or not it would be right there."""
+
+    def tell(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        if self.config._attn_implementation != "eager":
+            raise RuntimeError("no attention but my own")
+        return super().tell(input_ids, position_ids)
+
+
+def test_without_the_check_a_rung_must_still_be_built() -> None:
+    model = climbed(make_tale(InsistsOnItsOwn), self_check=False)
+    assert model.rung is AttentionRung.DATAFLOW
+
+
+def test_the_check_is_skipped_on_request(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9]}]
+    tokens = []
+    for self_check in (True, False):
+        with LLM(str(tiny_llama), kv_cache_memory_bytes="1MiB", self_check=self_check) as llm:
+            assert ("not verified" in caplog.text) is not self_check
+            outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+            tokens.append([output.outputs[0].token_ids for output in outputs])
+    assert tokens[0] == tokens[1]
 
 
 class Speechless(Tale):

@@ -1,4 +1,4 @@
-"""Ranks that share a model look at it as one program: all go on, or none does."""
+"""Looks at a module that several ranks take together, each at its own part."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 def agreed(look: Callable[[], T], agree: Callable[[bool], bool]) -> T:
-    """What a look at a module shows, if all ranks that share it see through it.
+    """What a look at the module shows, if all ranks that share it see through it: they go on together, or stop.
 
     Args:
-        look: at the module.
-        agree: whether all of them say yes; each asks after the same forward passes.
+        look: may run forward passes, the same ones on every rank.
+        agree: whether all ranks say yes.
 
-    Raises: what the look raises; UnsupportedModelError if it fails on another rank.
+    Raises: UnsupportedModelError.
     """
     problem: Exception | None = None
     result: T | None = None

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.adapt.counting import Count, TableSlice, leading_slice, tables_of
 from shardwright.adapt.products import Product, RowLabels, as_product
 
 
@@ -18,7 +17,7 @@ class CallCounter:
     """Knows and numbers the calls of one forward pass after another.
 
     Args:
-        model: the module that runs; tables that it makes later are not known.
+        model: the module that runs.
         num_tokens: of a traced pass.
         row_labels: of einsums, as a traced pass showed them (see adapt/products.py).
     """
@@ -27,30 +26,16 @@ class CallCounter:
         self, model: nn.Module, *, num_tokens: int | None = None, row_labels: dict[str, str] | None = None
     ) -> None:
         self.row_labels = RowLabels(num_tokens, {} if row_labels is None else row_labels)
-        self._tables = {id(table): table for table in tables_of(model)}
         self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self.restart()
 
     def restart(self) -> None:
         """Begin to count a forward pass."""
         self.num_products = self.num_sdpa = self.num_lasts = 0
-        self._num_counts: dict[int | None, int] = {}
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
         """The product of activations that a call computes, if it is one."""
         return as_product(func, args, kwargs, self._is_weight, self.row_labels)
-
-    def next_count(self, table: Tensor | None) -> Count:
-        """Number a slice of a table, or a call of torch.arange."""
-        key = None if table is None else id(table)
-        place = self._num_counts[key] = self._num_counts.get(key, -1) + 1
-        return Count(key, place)
-
-    def table_slice(self, func: Any, args: tuple[Any, ...]) -> TableSlice | None:
-        """The slice of leading rows of a table that a call takes, if it does."""
-        if func is not torch.Tensor.__getitem__ or id(args[0]) not in self._tables:
-            return None
-        return leading_slice(*args)
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._weights

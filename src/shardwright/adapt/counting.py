@@ -8,19 +8,24 @@ something that is as long as the prompt. So every count is followed, while the m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from shardwright.adapt.count_calls import Count, CountCalls
 
 _GATHERS = {
     torch.gather: (0, 2), torch.Tensor.gather: (0, 2), torch.index_select: (0, 2), torch.Tensor.index_select: (0, 2),
     F.embedding: (1, 0), torch.Tensor.__getitem__: (0, 1), torch.Tensor.__setitem__: (0, 1),
 }  # fmt: skip
 """Functions that reach into a tensor by index, and the places of both among their arguments."""
+
+
+COUNTS_ONCE = "its code counts tokens once, and remembers it for prompts of the same length"
 
 
 class Use(Enum):
@@ -34,36 +39,39 @@ class Use(Enum):
     """It picks out of something as long as the prompt: place i for token i, wherever that token stands."""
 
 
-class Count(NamedTuple):
-    """One call that counts tokens."""
-
-    table: int | None
-    """Id of the table that it slices; None for a call of torch.arange."""
-    place: int
-    """Among slices of this table, or among calls of torch.arange."""
-
-
 class CountFollower:
     """Follows counts through a forward pass, to where they meet the tokens or are used as an index.
 
     Args:
+        calls: numbers the calls that may count.
         num_tokens: of the pass; what is as long as this is taken to hold a number for each token.
     """
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, calls: CountCalls, num_tokens: int) -> None:
         self.uses: dict[Count, Use] = {}
+        self.num_rows: int | None = None
+        """Fewest rows of the tables that counts are slices of."""
+        self._calls = calls
         self._num_tokens = num_tokens
         self._followed: dict[
             int, tuple[Tensor, frozenset[Count]]
         ] = {}  # tensors are held, so that their ids are theirs
 
-    def begin(self, count: Count, result: Tensor) -> None:
-        """Follow what a call gave."""
-        self.uses[count] = Use.POSITIONS
-        self._follow(result, frozenset([count]))
-
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """See a call that was made, and what it gave."""
+        self._follow_uses(func, args, kwargs, result)
+        call = self._calls.see(func, args, kwargs)
+        if call is None or call.length != self._num_tokens:
+            return
+        if call.table is not None and call.part is not None:
+            num_rows = call.table.shape[call.part.dim]
+            if num_rows < self._num_tokens:
+                return
+            self.num_rows = min(num_rows, self.num_rows or num_rows)
+        self.uses[call.count] = Use.POSITIONS
+        self._follow(result, frozenset([call.count]))
+
+    def _follow_uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
         counts = frozenset[Count]().union(*(self._counts(tensor) for tensor in tensors))
         if not counts:
@@ -93,50 +101,18 @@ class CountFollower:
         self._followed[id(tensor)] = (tensor, counts)
 
 
-@dataclass(frozen=True, slots=True)
-class TableSlice:
-    """A slice of the leading rows of a tensor: `table[:n]`, `table[:, :n]`, `table[..., :n, :]`."""
+class CountingMode(TorchFunctionMode):
+    """While open, counts are followed, and nothing else is changed."""
 
-    dim: int
-    """Of the tensor."""
-    entry: int
-    """Of the index."""
-    index: tuple[Any, ...]
+    def __init__(self, follower: CountFollower) -> None:
+        super().__init__()
+        self._follower = follower
 
-    @property
-    def stop(self) -> int:
-        stop: int = self.index[self.entry].stop
-        return stop
-
-    def without_stop(self) -> tuple[Any, ...]:
-        """The index without this slice."""
-        return (*self.index[: self.entry], slice(None), *self.index[self.entry + 1 :])
-
-
-def leading_slice(table: Tensor, index: Any) -> TableSlice | None:
-    """The slice of leading rows that an index asks for, on whatever dimension; None if there is none, or more than one,
-    as there is in masks.
-    """
-    index = index if isinstance(index, tuple) else (index,)
-    if not all(entry is None or entry is Ellipsis or isinstance(entry, (slice, int)) for entry in index):
-        return None
-    num_dims = sum(entry is not None and entry is not Ellipsis for entry in index)
-    found, dim = [], 0
-    for i, entry in enumerate(index):
-        if entry is Ellipsis:
-            dim += table.ndim - num_dims
-        elif entry is not None:
-            if isinstance(entry, slice) and isinstance(entry.stop, int) and not entry.start and not entry.step:
-                found.append(TableSlice(dim, i, index))
-            dim += 1
-    return found[0] if len(found) == 1 else None
-
-
-def tables_of(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that a model keeps from call to call: parameters, buffers, and plain attributes."""
-    for module in model.modules():
-        for owner in (module._parameters, module._buffers, vars(module)):
-            yield from (value for value in owner.values() if isinstance(value, Tensor))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._follower.observe(func, args, kwargs, result)
+        return result
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.agreement import agreed
+from shardwright.adapt.counting import COUNTS_ONCE
 from shardwright.adapt.dispatch import blank_masks
 from shardwright.adapt.far_fit import far_rows, fit_far
 from shardwright.adapt.far_scores import FarMode
@@ -145,7 +146,7 @@ class InterceptedModel:
         if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
             raise UnsupportedModelError("its code computes differently for different prompts")
         if short.counts != again.counts:
-            raise UnsupportedModelError("its code counts tokens once, and remembers it for prompts of the same length")
+            raise UnsupportedModelError(COUNTS_ONCE)
         if short.num_rows is not None and short.num_rows < num_positions:
             raise UnsupportedModelError(
                 f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
-from shardwright.adapt.counting import TableSlice, Use
+from shardwright.adapt.count_answers import CountAnswers
+from shardwright.adapt.count_calls import CountCalls, tables_of
 from shardwright.adapt.fit import FittedAttention
 from shardwright.adapt.latent import LatentTaps
 from shardwright.adapt.paged import PagedStep
-from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.products import heads_of
 from shardwright.adapt.stand_in import StandIn
 from shardwright.adapt.trace import ForwardTrace
@@ -50,28 +49,26 @@ class ServingMode(TorchFunctionMode):
         self._trace = trace
         self._attentions = attentions
         self._taps = taps
-        self._num_positions = num_positions
         self._counter = CallCounter(module, row_labels=trace.row_labels)
         self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
         self._scores = {a.place: i for i, a in enumerate(trace.attentions) if not a.is_sdpa}
         self._values = {a.value_place: i for i, a in enumerate(trace.attentions) if a.value_place is not None}
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
-        self._num_counted = 0
+        self._counts = CountAnswers(CountCalls(tables_of(module)), trace.counts, num_positions)
 
     def begin(self, step: PagedStep) -> None:
         """Get ready for a forward pass."""
         self._step, self._inputs = step, step.inputs
         self._counter.restart()
         self._pending.clear()
-        self._num_counted = 0
+        self._counts.begin(step.inputs.position_ids[None])
 
     def end(self) -> None:
         """Make sure that the pass went as the traced one. Raises UnsupportedModelError if it did not."""
         counter, trace = self._counter, self._trace
-        if (counter.num_products, counter.num_sdpa) != (trace.num_products, len(self._sdpa)) or (
-            self._num_counted != len(trace.counts)
-        ):
+        if (counter.num_products, counter.num_sdpa) != (trace.num_products, len(self._sdpa)):
             raise UnsupportedModelError("its code took another path than when it was traced")
+        self._counts.end()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -81,13 +78,9 @@ class ServingMode(TorchFunctionMode):
                 return OPENED[func](*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._answer_sdpa(*args, **kwargs)
-        if func is torch.arange:
-            if (use := self._trace.counts.get(counter.next_count(None))) is not None:
-                return self._answer_arange(use, args, kwargs)
-        elif (part := counter.table_slice(func, args)) is not None:
-            if (use := self._trace.counts.get(counter.next_count(args[0]))) is not None:
-                return self._answer_slice(use, args[0], part)
-        elif (product := counter.product(func, args, kwargs)) is not None:
+        if (answer := self._counts.answer(func, args, kwargs)) is not None:
+            return answer
+        if (product := counter.product(func, args, kwargs)) is not None:
             place, counter.num_products = counter.num_products, counter.num_products + 1
             if place in self._scores:
                 self._pending[self._scores[place]] = (product.left, product.right.transpose(1, 2))
@@ -103,26 +96,6 @@ class ServingMode(TorchFunctionMode):
                 wanted = args[0].index_select(1, self._inputs.logits_rows)
                 return wanted[0] if args[1][1] == -1 else wanted
         return func(*args, **kwargs)
-
-    def _answer_arange(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        positions = self._inputs.position_ids
-        self._note_count(counts_tokens(args, kwargs, len(positions)))
-        if use is Use.PLACES:
-            return torch.arange(*args, **kwargs)
-        if use is Use.WHOLE:
-            positions = torch.arange(self._num_positions, device=positions.device)
-        return positions.to(dtype=kwargs.get("dtype") or positions.dtype, copy=True)
-
-    def _answer_slice(self, use: Use, table: Tensor, part: TableSlice) -> Tensor:
-        positions = self._inputs.position_ids
-        self._note_count(part.stop == len(positions))
-        if use is Use.PLACES:
-            return table[part.index]
-        rows = table if use is Use.WHOLE else table.index_select(part.dim, positions)
-        return rows[part.without_stop()]
-
-    def _note_count(self, is_as_traced: bool) -> None:
-        self._num_counted += is_as_traced
 
     def _answer_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         index, self._counter.num_sdpa = self._sdpa.get(self._counter.num_sdpa), self._counter.num_sdpa + 1

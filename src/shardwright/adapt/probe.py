@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardwright.adapt.dispatch import PROBE, handling
+from shardwright.adapt.agreement import agreed
+from shardwright.adapt.count_calls import Count, CountCalls
+from shardwright.adapt.counting import COUNTS_ONCE, CountFollower, CountingMode, Use
+from shardwright.adapt.dispatch import PROBE, AttentionHandler, handling
 from shardwright.adapt.latent import LatentFinder, LatentSearch, find_latents
-from shardwright.adapt.positions import CountingDetector
 from shardwright.adapt.visibility import read_visibility
 from shardwright.attention.layout import AttentionParams
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
@@ -25,6 +28,9 @@ from shardwright.foreign_errors import described
 
 NUM_PROBE_TOKENS = 13
 """A number that is unlikely to be a size of the model, so that what is as long as the prompt stands out."""
+
+NUM_COUNTED_TOKENS = 17
+"""Another such number: code that remembers its counts has none for it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,7 @@ class ProbeHandler:
                 ),
             )
         )
-        return value.mean(1, keepdim=True).expand(-1, query.shape[1], -1, -1).transpose(1, 2).contiguous()
+        return values_for(query, value)
 
     def _visibility(self, name: str, mask: Tensor | None, sliding_window: int | None) -> Visibility:
         if mask is None:  # the code leaves the mask to the attention function
@@ -121,17 +127,26 @@ class ProbeHandler:
         return visibility
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one short forward pass showed."""
+class ValuesHandler:
+    """Answers the attention calls of a forward pass with values of the right shape, as if it served."""
 
-    calls: list[AttentionCall]
-    counts_positions: bool
-    """The code makes positions by counting tokens, whatever position_ids it gets (see adapt/positions.py)."""
+    def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor | None:
+        """None: never needed."""
+        return None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        return values_for(query, value)
+
+
+def values_for(query: Tensor, value: Tensor) -> Tensor:
+    """Numbers in the shape of attention's output, made of values: [1, T, H, V]."""
+    return value.mean(1, keepdim=True).expand(-1, query.shape[1], -1, -1).transpose(1, 2).contiguous()
 
 
 @torch.inference_mode()
-def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bool = True) -> Probe:
+def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bool = True) -> list[AttentionCall]:
     """Run a few tokens through the model, on the device it is on ("meta" too), and record its attention calls.
 
     Args:
@@ -143,18 +158,56 @@ def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bo
     """
     handler = ProbeHandler(model, num_positions)
     set_attention(model, PROBE)
-    inputs = _inputs(model)
-    counting = CountingDetector(NUM_PROBE_TOKENS)
+    _run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS)
+    if needs_attention and not handler.calls:
+        raise UnsupportedModelError("its code never calls Transformers' attention interface")
+    return handler.calls
+
+
+@torch.inference_mode()
+def probe_counts(model: nn.Module, agree: Callable[[bool], bool] = bool) -> dict[Count, Use]:
+    """Run a few tokens through a model as it will be served, and see which of its calls of torch.arange count them.
+
+    Slices of tables are not looked at: in layers with a state they are as often of a piece of a prompt as of positions.
+
+    Args:
+        model: a Transformers model in eval mode whose attention goes through the interface.
+        agree: whether all ranks that share the model say yes; the layers of some may not count.
+
+    Raises: UnsupportedModelError if its forward pass fails, or counts only once for each number of tokens.
+    """
+
+    def look() -> dict[Count, Use]:
+        follower = CountFollower(CountCalls(), NUM_COUNTED_TOKENS)
+        _run_probe(model, ValuesHandler(), num_tokens=NUM_COUNTED_TOKENS, watching=CountingMode(follower))
+        return follower.uses
+
+    uses = agreed(look, agree)
+    if not agree(not uses) and uses != agreed(look, agree):
+        raise UnsupportedModelError(COUNTS_ONCE)
+    return uses
+
+
+def _run_probe(
+    model: nn.Module,
+    handler: AttentionHandler,
+    *,
+    num_tokens: int,
+    watching: AbstractContextManager[Any] | None = None,
+) -> None:
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, num_tokens, dtype=torch.int64, device=device)}
+    if device.type == "meta":  # with positions the mask code would look at their values
+        inputs["attention_mask"] = torch.ones(1, num_tokens, dtype=torch.int64, device=device)
+    elif accepts(model, "position_ids", or_any=True):
+        inputs["position_ids"] = torch.arange(num_tokens, device=device)[None]
     try:
-        with handling(handler), counting:
+        with handling(handler), watching or nullcontext():
             model(**inputs, use_cache=False)
     except UnsupportedModelError:
         raise
     except Exception as exc:
         raise UnsupportedModelError(f"a short forward pass failed: {described(exc)}") from exc
-    if needs_attention and not handler.calls:
-        raise UnsupportedModelError("its code never calls Transformers' attention interface")
-    return Probe(handler.calls, counts_positions=counting.found and "position_ids" in inputs)
 
 
 @torch.inference_mode()
@@ -171,21 +224,10 @@ def probe_latents(
     """
 
     def run(finder: LatentFinder) -> None:
-        with handling(ProbeHandler(model, num_positions, finder)), finder.watching():
-            model(**_inputs(model), use_cache=False)
+        handler = ProbeHandler(model, num_positions, finder)
+        _run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS, watching=finder.watching())
 
     return find_latents(model, [call.spec for call in calls], run, agree=agree)
-
-
-def _inputs(model: nn.Module) -> dict[str, Any]:
-    """A few tokens."""
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)}
-    if device.type == "meta":  # with positions the mask code would look at their values
-        inputs["attention_mask"] = torch.ones(1, NUM_PROBE_TOKENS, dtype=torch.int64, device=device)
-    elif accepts(model, "position_ids", or_any=True):
-        inputs["position_ids"] = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
-    return inputs
 
 
 def set_attention(model: nn.Module, implementation: str) -> None:

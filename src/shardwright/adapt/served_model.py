@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
 from shardwright.adapt.agreement import agreed
+from shardwright.adapt.count_answers import AnsweringMode, CountAnswers
+from shardwright.adapt.count_calls import CountCalls
 from shardwright.adapt.latent import LatentTaps, no_latents
 from shardwright.adapt.logits import logits_of, rows_of
 from shardwright.adapt.paged import ForwardInputs, PagedStep
-from shardwright.adapt.positions import feed_positions
-from shardwright.adapt.probe import AttentionCall, Probe, accepts, probe_attention, probe_latents, set_attention
+from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, probe_counts, probe_latents, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -48,11 +50,14 @@ class ServedModel:
         self.module = module
         self.rung = AttentionRung.INTERFACE
         self._takes_positions = accepts(module, "position_ids", or_any=True)
-        probe = agreed(lambda: self._probe(num_positions, needs_attention), agree)
-        self.calls: list[AttentionCall] = probe.calls
-        self._counts_positions = probe.counts_positions
+        probe = partial(probe_attention, module, num_positions=num_positions, needs_attention=needs_attention)
+        self.calls: list[AttentionCall] = agreed(probe, agree)
+        if self.calls and not self._takes_positions:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
+            )
         specs = [call.spec for call in self.calls]
-        if expanded_because:
+        if expanded_because or not self._takes_positions:
             self.latents = no_latents(specs, expanded_because)
         else:
             self.latents = probe_latents(module, self.calls, num_positions=num_positions, agree=agree)
@@ -63,15 +68,10 @@ class ServedModel:
         self.groups: list[CacheGroup] = group_layers(self.layers)
         self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
-
-    def _probe(self, num_positions: int, needs_attention: bool) -> Probe:
-        probe = probe_attention(self.module, num_positions=num_positions, needs_attention=needs_attention)
-        if probe.calls and not self._takes_positions:
-            name = type(self.module).__name__
-            raise UnsupportedModelError(
-                f"{name}.forward takes no position_ids, so tokens of several requests cannot be packed"
-            )
-        return probe
+        self._counts: CountAnswers | None = None
+        if self._takes_positions and next(module.parameters()).device.type != "meta":
+            uses = probe_counts(module, agree)
+            self._counts = CountAnswers(CountCalls(), uses, num_positions) if uses else None
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any) -> Tensor:
         """Run one step, all tokens packed as [1, T].
@@ -105,12 +105,23 @@ class ServedModel:
         options: dict[str, Any],
     ) -> Tensor:
         handler = PagedAttention(self.calls, self._taps, PagedStep(inputs, cache, backend))
-        positions = feed_positions(inputs.position_ids) if self._counts_positions else nullcontext()
-        with dispatch.handling(handler), self._taps.open(), positions:
-            if self._takes_positions:
-                options = {"position_ids": inputs.position_ids.view(shape)} | options
-            output = self.module(input_ids=inputs.input_ids.view(shape), **options)
+        tokens, position_ids = inputs.input_ids.view(shape), inputs.position_ids.view(shape)
+        if self._takes_positions:
+            options = {"position_ids": position_ids} | options
+        with dispatch.handling(handler), self._taps.open(), self._answered_counts(position_ids):
+            output = self.module(input_ids=tokens, **options)
         return logits_of(output)
+
+    @contextmanager
+    def _answered_counts(self, position_ids: Tensor) -> Iterator[None]:
+        """While open, counts of tokens are positions, if the module's code counts."""
+        if self._counts is None:
+            yield
+            return
+        self._counts.begin(position_ids)
+        with AnsweringMode(self._counts):
+            yield
+        self._counts.end()
 
 
 class PagedAttention:

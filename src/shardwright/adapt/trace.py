@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
-from shardwright.adapt.counting import Count, CountFollower, Use
+from shardwright.adapt.count_calls import Count, CountCalls, tables_of
+from shardwright.adapt.counting import CountFollower, Use
 from shardwright.adapt.followed import AttentionTrace, Followed, follow, followed_in, plain
-from shardwright.adapt.positions import counts_tokens
 from shardwright.adapt.products import Product, heads_of, without_product
 from shardwright.errors import UnsupportedModelError
 
@@ -59,7 +59,7 @@ class TracingMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._understand = understand
-        self._follower = CountFollower(num_tokens)
+        self._follower = CountFollower(CountCalls(tables_of(model)), num_tokens)
         self._counter = CallCounter(model, num_tokens=num_tokens)
         self.trace = ForwardTrace(counts=self._follower.uses, row_labels=self._counter.row_labels.known)
         self._num_tokens = num_tokens
@@ -78,28 +78,17 @@ class TracingMode(TorchFunctionMode):
             self.trace.last_place, counter.num_lasts = counter.num_lasts, counter.num_lasts + 1
         result = func(*args, **kwargs)
         self._follower.observe(func, args, kwargs, result)
-        if (count := self._count(func, args, kwargs)) is not None:
-            self._follower.begin(count, result)
         return result
 
     def finish(self, num_logits: int) -> None:
-        """Note how many tokens got logits. Raises UnsupportedModelError if it is not known how to get them for all."""
+        """Note what the whole pass showed, and how many tokens got logits.
+
+        Raises: UnsupportedModelError if it is not known how to get them for all.
+        """
+        self.trace.num_rows = self._follower.num_rows
         self.trace.gives_last_alone = num_logits == 1 and self._num_tokens > 1
         if self.trace.gives_last_alone and self.trace.last_place is None:
             raise UnsupportedModelError("its forward gives logits of one token alone, in a way that is not understood")
-
-    def _count(self, func: Any, args: Any, kwargs: Any) -> Count | None:
-        """The count of tokens that a call makes, if it does."""
-        counter, length = self._counter, self._num_tokens
-        if func is torch.arange:
-            count = counter.next_count(None)
-            return count if counts_tokens(args, kwargs, length) else None
-        if (part := counter.table_slice(func, args)) is not None:
-            count, num_rows = counter.next_count(args[0]), args[0].shape[part.dim]
-            if part.stop == length and num_rows >= length:
-                self.trace.num_rows = min(num_rows, self.trace.num_rows or num_rows)
-                return count
-        return None
 
     def _note_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
         options = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs

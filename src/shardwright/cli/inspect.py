@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from shardwright.cache.spec import LayerSpec
     from shardwright.plans.plan import ParallelPlan
     from shardwright.plans.structure import Node, Weight
+    from shardwright.weight_format import WeightFormat
     from shardwright.worker.blueprint import Blueprint
     from shardwright.worker.step import StepModel
 
 FLAGS = (
     "task", "revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len",
-    "tp_plan", "pp_plan",
+    "tp_plan", "pp_plan", "quantization", "quantization_group_size",
 )  # fmt: skip
 
 EXAMPLES = examples(
@@ -113,7 +114,23 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]
     else:
         how = {"rung": "none", "reason": "texts are read whole, without a cache"}
         report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": []}
+    if config.model.weight_format is not None:
+        quantized, replaced = describe_quantization(module, config.model.weight_format)
+        report |= {"quantization": quantized, "replaced": report["replaced"] + replaced}
     return report, tree, plan
+
+
+def describe_quantization(module: nn.Module, format: WeightFormat) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """What quantized linears come to, and which these are. Raises UnsupportedModelError if there are none."""
+    from shardwright.plans.plan import ParallelPlan
+    from shardwright.plans.quantization import quantization_of
+    from shardwright.plans.resolve import resolve
+
+    quantization = quantization_of(module, format)
+    table = resolve(module, ParallelPlan(), [], quantization=quantization)
+    names = [row.name.rpartition(".")[0] for row in table.parameters if row.quantized is not None]
+    summary = {"format": str(format), "linears": len(names), "weight_bytes": table.weight_bytes(0, 0)}
+    return summary, [{"module": name, "what": "linear", "by": str(format)} for name in names]
 
 
 def describe_serving(blueprint: Blueprint, *, num_parameters: int) -> dict[str, Any]:
@@ -227,6 +244,13 @@ def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int |
         markup=False,
         soft_wrap=True,
     )
+    if (quantized := report.get("quantization")) is not None:
+        console.print(
+            f"quantized: {quantized['linears']} linears, {quantized['format']}; "
+            f"{size(quantized['weight_bytes'])} of weights in all",
+            markup=False,
+            soft_wrap=True,
+        )
     rung = attention["rung"] or "none, the model cannot be served yet"
     console.print(f"attention: {rung}: {attention['reason']}", markup=False, soft_wrap=True)
     for group in report["cache_groups"]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardwright.plans.report import PlanReport
 
 BUILDING = ("revision", "trust_remote_code", "tp_plan", "pp_plan", "enable_expert_parallel")
-FLAGS = (*BUILDING, "dtype", "pp_split")
+FLAGS = (*BUILDING, "dtype", "pp_split", "quantization", "quantization_group_size")
 
 EXAMPLES = examples(
     "shardwright plan show ./my-model --tp 4",
@@ -188,6 +188,7 @@ def look(
     config = EngineConfig.from_options(model, **engine)
     with stderr().status(f"looking into {model}") as status:
         with heavy_imports():
+            from shardwright.plans.quantization import quantization_of
             from shardwright.plans.report import make_report
             from shardwright.worker.blueprint import Blueprint
         blueprint = Blueprint.of(config.model)
@@ -196,7 +197,15 @@ def look(
         parallel = ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=stages, pp_split=split)
         status.update("following the model's dataflow")
         chosen = plan_for(module, config, tp=tp, pp=stages, anew=anew)
-        report = make_report(module, chosen, model=model, tp=tp, pp=stages, pp_split=parallel.layers_per_stage)
+        report = make_report(
+            module,
+            chosen,
+            model=model,
+            tp=tp,
+            pp=stages,
+            pp_split=parallel.layers_per_stage,
+            quantization=quantization_of(module, config.model.weight_format),
+        )
     return report, module
 
 

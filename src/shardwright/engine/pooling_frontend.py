@@ -11,7 +11,7 @@ import numpy as np
 
 from shardwright.engine.input_processor import Prompt, as_prompts, check_token_ids, prompt_text, read_prompt
 from shardwright.engine.messages import EngineInfo, PoolingInfo, PoolingRequest
-from shardwright.engine.pooling_outputs import Vector, check_dimensions, cut, sigmoid, softmax
+from shardwright.engine.pooling_outputs import Vector, check_dimensions, cosine, cut, sigmoid, softmax
 from shardwright.engine.tasks import check_task
 from shardwright.errors import PromptTooLongError, RequestError
 from shardwright.models.tokenizer import Encoding, Tokenizer
@@ -25,11 +25,18 @@ class PoolingJob(Generic[Output]):
     """Texts for the core, and what to make of its answers."""
 
     requests: list[PoolingRequest]
-    finish: Callable[[PoolingRequest, Vector], Output]
+    finish: Callable[[list[Vector]], list[Output]]
+
+    @classmethod
+    def of_each(
+        cls, requests: list[PoolingRequest], finish: Callable[[PoolingRequest, Vector], Output]
+    ) -> PoolingJob[Output]:
+        """A job that gives an output for each text."""
+        return cls(requests, lambda vectors: [finish(*one) for one in zip(requests, vectors, strict=True)])
 
     def outputs(self, values: Mapping[str, bytes]) -> list[Output]:
-        """One output per text, in order, from the core's answers by request id."""
-        return [self.finish(one, np.frombuffer(values[one.request_id], dtype=np.float32)) for one in self.requests]
+        """What callers get, in order, from the core's answers by request id."""
+        return self.finish([np.frombuffer(values[one.request_id], dtype=np.float32) for one in self.requests])
 
 
 class PoolingFrontend:
@@ -61,7 +68,7 @@ class PoolingFrontend:
                 embedding=cut(vector, size, normalize=pooling.normalize).tolist(),
             )
 
-        return PoolingJob(requests, finish)
+        return PoolingJob.of_each(requests, finish)
 
     def classify(
         self, prompts: Prompt | Sequence[Prompt], *, truncate_prompt_tokens: int | None
@@ -80,17 +87,25 @@ class PoolingFrontend:
                 label=pooling.labels[int(logits.argmax())],
             )
 
-        return PoolingJob(requests, finish)
+        return PoolingJob.of_each(requests, finish)
 
     def score(
         self,
         text_1: Prompt | Sequence[Prompt],
-        text_2: str | Sequence[str] | None,
+        text_2: Prompt | Sequence[Prompt] | None,
         *,
         truncate_prompt_tokens: int | None,
     ) -> PoolingJob[ScoreOutput]:
-        """Score texts, or pairs of them. Raises RequestError."""
-        check_task(self._info, "classify")
+        """Score texts, or pairs of them. Raises RequestError naming `text_1`, `text_2` or the option at fault."""
+        check_task(self._info, "score")
+        firsts, seconds = as_prompts(text_1), None if text_2 is None else as_prompts(text_2)
+        if seconds is not None and len(firsts) not in (1, len(seconds)):
+            raise RequestError(
+                f"{len(firsts)} and {len(seconds)} texts make no pairs: give as many of both, or one and many",
+                param="text_2",
+            )
+        if self._info.task == "embed":
+            return self._similarities(firsts, seconds, truncate_prompt_tokens)
         pooling = self._pooling
         if pooling.size != 1:
             raise RequestError(
@@ -98,21 +113,41 @@ class PoolingFrontend:
                 param="model",
             )
         is_logit = text_2 is None or pooling.scores_are_logits
-        firsts, seconds = as_prompts(text_1), None if text_2 is None else as_prompts(text_2)
-        if seconds is not None and len(firsts) == 1:
-            firsts *= len(seconds)
-        if seconds is not None and len(firsts) != len(seconds):
-            raise RequestError(
-                f"{len(firsts)} and {len(seconds)} texts make no pairs: give as many of both, or one and many",
-                param="text_2",
-            )
-        _, requests = self._requests(firsts, truncate_prompt_tokens, seconds)
+        if seconds is None:
+            _, requests = self._requests(firsts, truncate_prompt_tokens, field="text_1")
+        else:
+            firsts = firsts * len(seconds) if len(firsts) == 1 else firsts
+            _, requests = self._requests(firsts, truncate_prompt_tokens, others=seconds, field="text_2")
 
         def finish(request: PoolingRequest, logits: Vector) -> ScoreOutput:
             value = logits if is_logit else sigmoid(logits)
             return ScoreOutput(prompt_token_ids=request.prompt_token_ids, score=float(value[0]))
 
-        return PoolingJob(requests, finish)
+        return PoolingJob.of_each(requests, finish)
+
+    def _similarities(
+        self, firsts: Sequence[Prompt], seconds: Sequence[Prompt] | None, truncate: int | None
+    ) -> PoolingJob[ScoreOutput]:
+        """How alike the embeddings of pairs are. One first text is read once, for all."""
+        if seconds is None:
+            raise RequestError(
+                f"{self._info.model} embeds texts, and scores how alike two are: give the other text", param="text_2"
+            )
+        _, lefts = self._requests(firsts, truncate, field="text_1")
+        _, rights = self._requests(seconds, truncate, field="text_2")
+
+        def finish(vectors: list[Vector]) -> list[ScoreOutput]:
+            read = list(zip([*lefts, *rights], vectors, strict=True))
+            before, after = read[: len(lefts)], read[len(lefts) :]
+            before = before * len(after) if len(before) == 1 else before
+            return [
+                ScoreOutput(
+                    prompt_token_ids=[*one.prompt_token_ids, *other.prompt_token_ids], score=cosine(vector, vector_2)
+                )
+                for (one, vector), (other, vector_2) in zip(before, after, strict=True)
+            ]
+
+        return PoolingJob([*lefts, *rights], finish)
 
     @property
     def _pooling(self) -> PoolingInfo:
@@ -120,9 +155,14 @@ class PoolingFrontend:
         return self._info.pooling
 
     def _requests(
-        self, prompts: Sequence[Prompt], truncate: int | None, others: Sequence[Prompt] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        truncate: int | None,
+        *,
+        others: Sequence[Prompt] | None = None,
+        field: str = "prompt",
     ) -> tuple[dict[str, str | None], list[PoolingRequest]]:
-        """Texts by request id, and requests, in order."""
+        """Texts by request id, and requests, in order; errors name the caller's field."""
         limit = self._truncation(truncate)
         texts: dict[str, str | None] = {}
         requests = []
@@ -130,8 +170,8 @@ class PoolingFrontend:
             try:
                 encoding = self._encode(prompt, None if others is None else others[place], limit)
             except RequestError as exc:
-                if len(prompts) > 1 and exc.param == "prompt":
-                    exc.param = f"prompt[{place}]"
+                if exc.param == "prompt":
+                    exc.param = f"{field}[{place}]" if len(prompts) > 1 else field
                 raise
             request_id = f"text-{next(self._numbers)}"
             texts[request_id] = prompt_text(prompt)

@@ -38,6 +38,12 @@ def cut(vector: Vector, size: int, *, normalize: bool) -> Vector:
     return head / max(float(np.linalg.norm(head)), 1e-12) if normalize else head
 
 
+def cosine(one: Vector, other: Vector) -> float:
+    """How alike two embeddings are: 1 for the same direction, -1 for opposite ones, 0 if one of them has none."""
+    lengths = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(one @ other) / lengths if lengths > 0 else 0.0
+
+
 def softmax(logits: Vector) -> Vector:
     """Probabilities of labels of which one is right."""
     powers = np.exp(logits - logits.max())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class UpcastLinear(nn.Linear):
         return output
 
 
+@cache
 def has_fast_half_products() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

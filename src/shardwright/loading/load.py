@@ -77,5 +77,6 @@ def load_dummy_weights(model: nn.Module, *, seed: int = 0, part: ShardSlice | No
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of all parameters, tied ones once, and of what stands for quantized ones."""
+    quantized = sum(getattr(module, "quantized_bytes", 0) for module in model.modules())
+    return quantized + sum(p.numel() * p.element_size() for p in model.parameters())

@@ -35,8 +35,10 @@ def start_executor(config: EngineConfig) -> InlineExecutor | ParallelExecutor:
 
 def check_plan_resolves(config: EngineConfig) -> None:
     """Raise PlanError if the model cannot be cut for so many ranks; each of them would find out, minutes later."""
+    from shardwright.plans.quantization import quantization_of
     from shardwright.worker.blueprint import Blueprint
     from shardwright.worker.part import resolve_table
 
     blueprint = Blueprint.of(config.model)
-    resolve_table(blueprint.build(blueprint.dtype), config)
+    module = blueprint.build(blueprint.dtype)
+    resolve_table(module, config, quantization_of(module, config.model.weight_format))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import lcm
 
 from shardwright.errors import PlanError
 
@@ -61,10 +62,18 @@ class UnitGroup:
     source: str
     """How it was found: `traced`, or `names`, which may be wrong."""
 
-    def pieces(self, ranks: int) -> list[Range]:
-        """Units of each rank. Raises PlanError if there are fewer units than ranks."""
-        shared = [m.units for m in self.members if m.units > 1 and m.span is None]
-        return deal_grouped(self.units, min(shared, default=self.units), ranks, self.kind)
+    @property
+    def coarse(self) -> int:
+        """How many things units share: key and value heads, or the units themselves."""
+        return min((m.units for m in self.members if m.units > 1 and m.span is None), default=self.units)
+
+    def pieces(self, ranks: int, quantum: int = 1) -> list[Range]:
+        """Units of each rank, dealt by so many at once. Raises PlanError if some rank would have none."""
+        return deal_grouped(self.units, self.coarse, ranks, self.kind, quantum)
+
+    def most_ranks(self, quantum: int = 1) -> int:
+        """How many ranks can have a part, if units are dealt by so many at once."""
+        return most_ranks(self.units, self.coarse, quantum)
 
 
 def deal(units: int, ranks: int) -> list[Range]:
@@ -74,23 +83,38 @@ def deal(units: int, ranks: int) -> list[Range]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def deal_grouped(units: int, coarse: int, ranks: int, kind: str) -> list[Range]:
+def deal_grouped(units: int, coarse: int, ranks: int, kind: str, quantum: int = 1) -> list[Range]:
     """Deal units of which `units / coarse` share something (query heads a key head), shared things whole if possible.
 
     With more ranks than shared things, each of these goes to several ranks, which divide its units among themselves.
+    No rank has a part of one shared thing beside another.
 
-    Raises: PlanError if there are fewer units than ranks.
+    Args:
+        units: how many.
+        coarse: shared things, which divide them.
+        ranks: to deal to.
+        kind: of units, for the message.
+        quantum: units between two places where a dimension may be cut. The last ones may be fewer.
+
+    Raises: PlanError if some rank would have none.
     """
-    if ranks > units:
-        raise PlanError(f"{units} {kind} cannot be dealt to {ranks} ranks: at most {units} ranks have a part in them")
+    if ranks > (most := most_ranks(units, coarse, quantum)):
+        raise PlanError(f"{units} {kind} cannot be dealt to {ranks} ranks: at most {most} ranks have a part in them")
     size = units // coarse
-    if ranks <= coarse:
-        return [(start * size, stop * size) for start, stop in deal(coarse, ranks)]
+    whole = lcm(size, quantum)
+    if ranks <= -(-units // whole):
+        return [(start * whole, min(stop * whole, units)) for start, stop in deal(-(-units // whole), ranks)]
     return [
-        (shared * size + start, shared * size + stop)
+        (shared * size + start * quantum, shared * size + stop * quantum)
         for shared, (first, last) in enumerate(deal(ranks, coarse))
-        for start, stop in deal(size, last - first)
+        for start, stop in deal(size // quantum, last - first)
     ]
+
+
+def most_ranks(units: int, coarse: int, quantum: int) -> int:
+    """How many ranks can have a part of units that are dealt as in `deal_grouped`."""
+    size = units // coarse
+    return units // quantum if size % quantum == 0 else -(-units // lcm(size, quantum))
 
 
 def ranges_of(member: Member, units: int, piece: Range) -> Ranges:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from shardwright.plans.styles import REPLICATE
-from shardwright.plans.table import ShardTable
+from shardwright.plans.table import ParameterRow, ShardTable
 
 
 def without(table: ShardTable, modules: Collection[str]) -> ShardTable:
     """A table in which every rank holds all of some modules, by qualified name."""
-    rows = tuple(
+    return replace(
+        table,
+        parameters=tuple(rows_without(table.parameters, modules)),
+        modules={name: style for name, style in table.modules.items() if not is_in(name, modules)},
+    )
+
+
+def rows_without(rows: Iterable[ParameterRow], modules: Collection[str]) -> list[ParameterRow]:
+    """Rows of a table in which every rank holds all of some modules."""
+    return [
         replace(row, style=REPLICATE, dim=None, ranges=(), unit=1, once=False)
         if any(is_in(name, modules) for name in (row.name, *row.aliases))
         else row
-        for row in table.parameters
-    )
-    return replace(
-        table,
-        parameters=rows,
-        modules={name: style for name, style in table.modules.items() if not is_in(name, modules)},
-    )
+        for row in rows
+    ]
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from shardwright.errors import PlanError
 from shardwright.plans.dataflow import Dataflow
-from shardwright.plans.groups import Member, Range, Ranges, UnitGroup, deal, ranges_of_all
+from shardwright.plans.deal import Deal
+from shardwright.plans.groups import Member, UnitGroup
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
-from shardwright.plans.replicate import is_in
+from shardwright.plans.quantization import Quantization, most_ranks
+from shardwright.plans.replicate import is_in, rows_without
 from shardwright.plans.stages import assign_stages
 from shardwright.plans.styles import (
     COLUMN_GATHERED,
@@ -39,6 +40,7 @@ def resolve(
     pp: int = 1,
     pp_split: Sequence[int] | None = None,
     flow: Dataflow | None = None,
+    quantization: Quantization | None = None,
 ) -> ShardTable:
     """The table of a model.
 
@@ -50,37 +52,27 @@ def resolve(
         pp: pipeline stages.
         pp_split: layers per stage; None: balanced by bytes.
         flow: of the model's layers, if it is at hand.
+        quantization: of its weights, which are then cut between quantized groups.
 
-    Returns: every rank holds all of what has fewer units than there are ranks, if there are heads that can be dealt.
+    Returns: every rank holds all of what has fewer units than there are ranks, if there are heads that can be dealt,
+        and of what cannot be dealt without cutting quantized groups.
     Raises: PlanError if a plan cannot be carried out: more ranks than units of all heads, stages than layers, a cut
         along a dimension that a parameter does not have.
     """
     planned = [_planned(plan, tp, *found) for found in parameters_of(module)]
-    undealt = _undealt(module, plan, groups, planned, tp)
+    undealt = _undealt(module, plan, groups, planned, tp, quantization)
     held = {name for each in undealt for name in each.modules}
     rows: list[ParameterRow] = []
-    by_dimension: dict[tuple[str, int], tuple[UnitGroup, list[Member]]] = {}
-    for group in groups:
-        for member in group.members:
-            by_dimension.setdefault((member.name, member.dim), (group, []))[1].append(member)
-    pieces: dict[int, list[Range]] = {}
+    deal = Deal(groups, tp, quantization)
     for each in planned:
         name, shape, style, dim = each.names[0], tuple(each.parameter.shape), each.style, each.dim
         if any(is_in(n, held) for n in each.names):
             style, dim = REPLICATE, None
         row: dict[str, Any] = {}
-        if dim is not None:
-            found = next((by_dimension[n, dim] for n in each.names if (n, dim) in by_dimension), None)
-            ranges, unit = None, 1
-            if found is not None:
-                group, members = found
-                if id(group) not in pieces:
-                    pieces[id(group)] = group.pieces(tp)
-                unit = (members[0].segments[0][1] - members[0].segments[0][0]) // members[0].units
-                ranges = tuple(ranges_of_all(members, group.units, piece) for piece in pieces[id(group)])
-            if ranges is None or (is_exchanged(style) and not is_partition(ranges, shape[dim])):
-                ranges, unit = plain_ranges(name, shape[dim], style, tp), 1
-            row = {"dim": dim, "unit": unit, "ranges": ranges}
+        if dim is not None and (part := deal.part(each.names, dim, shape[dim], style)) is not None:
+            row = {"dim": dim, "unit": part.unit, "ranges": part.ranges}
+        if quantization is not None and name in quantization.inputs:
+            row |= {"quantized": quantization.format, "input_dim": quantization.inputs[name][0]}
         rows.append(
             ParameterRow(
                 name=name,
@@ -94,6 +86,8 @@ def resolve(
                 **row,
             )
         )
+    held |= deal.unplaced
+    rows = rows_without(rows, deal.unplaced)
     stages, rows = assign_stages(module, plan, rows, tp=tp, pp=pp, pp_split=pp_split, flow=flow)
     styles = module_styles(module, plan, rows) if tp > 1 else {}
     return ShardTable(
@@ -131,13 +125,22 @@ def _planned(
 
 
 def _undealt(
-    module: nn.Module, plan: ParallelPlan, groups: Sequence[UnitGroup], planned: Sequence[_Planned], tp: int
+    module: nn.Module,
+    plan: ParallelPlan,
+    groups: Sequence[UnitGroup],
+    planned: Sequence[_Planned],
+    tp: int,
+    quantization: Quantization | None,
 ) -> tuple[Undealt, ...]:
     cut = {(name, each.dim) for each in planned if each.dim is not None for name in each.names}
-    if not any(group.units < tp for group in groups) or not cut:
+    if not any(most_ranks(group, quantization) < tp for group in groups) or not cut:
         return ()
     styles = module_styles(module, plan, ())
-    return hold_whole(module, groups, styles, lambda member: (member.name, member.dim) in cut, ranks=tp)
+
+    def is_cut(member: Member) -> bool:
+        return (member.name, member.dim) in cut
+
+    return hold_whole(module, groups, styles, is_cut, ranks=tp, quantization=quantization)
 
 
 def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[ParameterRow]) -> dict[str, Style]:
@@ -160,18 +163,6 @@ def module_styles(module: nn.Module, plan: ParallelPlan, rows: Sequence[Paramete
                 is_embedding = isinstance(module.get_submodule(owner), nn.Embedding)
                 styles[owner] = VOCABULARY if is_embedding else COLUMN_GATHERED
     return styles
-
-
-def is_exchanged(style: Style) -> bool:
-    """Whether ranks put their parts together, or take them out of the whole, so that these must follow each other."""
-    return style.output is Output.GATHERED or style.input is Input.SPLIT
-
-
-def is_partition(ranges: Sequence[Ranges], length: int) -> bool:
-    """Whether what ranks hold are neighbouring parts of a dimension, in the order of ranks."""
-    ends = [(r[0][0], r[0][1]) for r in ranges if len(r) == 1]
-    starts = [start for start, _ in ends] + [length]
-    return len(ends) == len(ranges) and starts[0] == 0 and [stop for _, stop in ends] == starts[1:]
 
 
 def acts(style: Style) -> bool:
@@ -225,17 +216,3 @@ def cut_dimension(owner: nn.Module, leaf: str, ndim: int, style: Style) -> int |
     if has_inputs_first(owner):
         columns = not columns
     return ndim - 2 if columns else ndim - 1
-
-
-def plain_ranges(name: str, length: int, style: Style, ranks: int) -> tuple[Ranges, ...]:
-    """Ranges of a dimension that belongs to no group: dealt by its indices, packed ones in two halves.
-
-    Raises: PlanError if there are fewer indices than ranks.
-    """
-    halves = 2 if style.cut in (Cut.PACKED_COLUMNS, Cut.PACKED_ROWS) else 1
-    size = length // halves
-    if size < ranks:
-        raise PlanError(f"{name} has {size} features to cut, which cannot be dealt to {ranks} ranks")
-    return tuple(
-        tuple((half * size + start, half * size + stop) for half in range(halves)) for start, stop in deal(size, ranks)
-    )

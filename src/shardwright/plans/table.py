@@ -10,6 +10,7 @@ from math import prod
 from shardwright.plans.groups import Ranges, UnitGroup, UnitKind
 from shardwright.plans.plan import ParallelPlan
 from shardwright.plans.styles import REPLICATE, Style
+from shardwright.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,11 @@ class ParameterRow:
     """Its other names, if modules share it."""
     shape: tuple[int, ...]
     element_bytes: int
+    """As the model is built."""
+    quantized: WeightFormat | None = None
+    """How its numbers are kept once they are loaded, if not so."""
+    input_dim: int = 1
+    """The dimension that quantized groups lie along."""
     style: Style = REPLICATE
     word: str = REPLICATE.name
     """Of the style, as the plan says it."""
@@ -52,8 +58,18 @@ class ParameterRow:
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
     def local_bytes(self, rank: int) -> int:
-        """Of what a TP rank of its stages holds."""
-        return prod(self.local_shape(rank)) * self.element_bytes
+        """Of what a TP rank of its stages holds, when it serves."""
+        return self._bytes_of(self.local_shape(rank))
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of all of it, likewise."""
+        return self._bytes_of(self.shape)
+
+    def _bytes_of(self, shape: tuple[int, ...]) -> int:
+        if self.quantized is None:
+            return prod(shape) * self.element_bytes
+        return self.quantized.num_bytes(outputs=shape[1 - self.input_dim], inputs=shape[self.input_dim])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +85,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Undealt:
-    """A group that the plan cuts, and every rank holds all of: it has fewer units than there are ranks."""
+    """A group that the plan cuts, and every rank holds all of: it has fewer units than there are ranks, or these lie in
+    fewer quantized groups.
+    """
 
     kind: UnitKind
     units: int
+    group_size: int | None
+    """Of quantized groups, if they are why."""
     modules: tuple[str, ...]
     """Qualified names of modules and parameters that are whole."""
 

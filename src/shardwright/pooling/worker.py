@@ -14,10 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from shardwright.config import EngineConfig, PoolingConfig
 from shardwright.engine.messages import EngineInfo, PoolingInfo, PoolingRequest
 from shardwright.errors import UnsupportedModelError
+from shardwright.layers.quantized_linear import quantizable_linears, quantize_linears
 from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
 from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import weight_bytes
 from shardwright.models.build import resolve_dtype
+from shardwright.pooling.batching import Batching
 from shardwright.pooling.build import build_reader, fill_reader
 from shardwright.pooling.check import choose_batching, read_ahead
 from shardwright.pooling.embedding import EmbeddingHead
@@ -52,6 +54,9 @@ class PoolingWorker:
         sentence = (None if classifies else read_sentence_config(path)) or WITHOUT_FILES
         module = build_reader(config.model, model_config, dtype, classifies=classifies)
         fill_reader(module, config.model, weights, dtype, is_part=not classifies)
+        num_parameters = sum(p.numel() for p in module.parameters())
+        if (weight_format := config.model.weight_format) is not None:
+            quantize_linears(module, quantizable_linears(module), weight_format)
         torch.nn.Module.to(module, device)
         if device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products():
             upcast_linears(module)
@@ -63,7 +68,11 @@ class PoolingWorker:
         try:
             head = None if classifies else make_head(module, sentence, config.pooling, vocab_size).to(device)
             self._model = PoolingModel(module, head)
-            self.batching = choose_batching(self._model, vocab_size=vocab_size)
+            self.batching = Batching.PADDED
+            if config.model.self_check:
+                self.batching = choose_batching(self._model, vocab_size=vocab_size)
+            else:
+                logger.warning("that texts read together get the numbers that they get alone was not verified")
         except UnsupportedModelError as exc:
             raise UnsupportedModelError(
                 f"{config.model.model} ({model_config.model_type}) cannot be served: {exc}"
@@ -75,7 +84,7 @@ class PoolingWorker:
             architecture=type(module).__name__,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
-            num_parameters=sum(p.numel() for p in module.parameters()),
+            num_parameters=num_parameters,
             weight_bytes=weight_bytes(module),
             vocab_size=vocab_size,
             max_model_len=longest_text(config.model.max_model_len, module, model_config, path),

@@ -19,6 +19,7 @@ from shardwright.server.metrics import Metrics
 from shardwright.server.models import models_router
 from shardwright.server.openapi import document_bodies
 from shardwright.server.pooling import pooling_router
+from shardwright.server.scores import scores_router
 from shardwright.server.status import status_router
 from shardwright.server.tokenization import tokenization_router
 
@@ -49,6 +50,7 @@ def build_app(engine: ServedEngine, config: ServerConfig, *, lifecycle: Lifecycl
         completions_router,
         chat_router,
         pooling_router,
+        scores_router,
         models_router,
         tokenization_router,
         status_router,

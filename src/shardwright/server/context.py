@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from time import time
+from typing import Literal
 
 from shardwright.engine.tasks import ServedTask, check_task
 from shardwright.server.config import ServerConfig
@@ -35,7 +36,7 @@ class ServerContext:
         """Whether messages can become a prompt."""
         return self.chat_template is not None or self.engine.tokenizer.has_chat_template
 
-    def check_model(self, name: str | None, *, task: ServedTask | None = None) -> None:
+    def check_model(self, name: str | None, *, task: ServedTask | Literal["score"] | None = None) -> None:
         """Raise APIError 404 unless this is the served model, for which None stands, and RequestError unless it is
         served for the task.
         """

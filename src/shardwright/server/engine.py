@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, Protocol
 
 from shardwright.engine.messages import EngineInfo, SchedulerStats
-from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput
+from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput, ScoreOutput
 from shardwright.sampling_params import SamplingParams
 
 Prompt = str | list[int]
@@ -74,3 +74,11 @@ class ServedEngine(Protocol):
     async def classify(
         self, prompts: list[Prompt], *, truncate_prompt_tokens: int | None = None
     ) -> list[ClassificationOutput]: ...
+
+    async def score(
+        self,
+        text_1: list[Prompt],
+        text_2: list[Prompt] | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoreOutput]: ...

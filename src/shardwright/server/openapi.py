@@ -17,6 +17,8 @@ from shardwright.server.schemas import (
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
+    RerankBody,
+    ScoreBody,
     TokenizeBody,
 )
 
@@ -25,6 +27,8 @@ BODIES: tuple[type[BaseModel], ...] = (
     ChatBody,
     EmbeddingBody,
     ClassifyBody,
+    ScoreBody,
+    RerankBody,
     TokenizeBody,
     DetokenizeBody,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
@@ -14,14 +14,18 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from shardwright.errors import RequestError
-from shardwright.outputs import ClassificationOutput, EmbeddingOutput
+from shardwright.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
 from shardwright.server.completions import split_prompts
 from shardwright.server.context import ServerContext
 from shardwright.server.openapi import json_body
 from shardwright.server.parsing import read_body
 from shardwright.server.schemas import ClassifyBody, EmbeddingBody
 
-Output = TypeVar("Output", EmbeddingOutput, ClassificationOutput)
+PooledOutput = EmbeddingOutput | ClassificationOutput | ScoreOutput
+Output = TypeVar("Output", bound=PooledOutput)
+
+INPUT = {"prompt": "input"}
+"""Where the body has one field for all texts."""
 
 
 class PoolingUsage(msgspec.Struct):
@@ -117,20 +121,29 @@ def pooling_router(context: ServerContext) -> APIRouter:
     return router
 
 
-async def observed(context: ServerContext, work: Callable[[], Awaitable[list[Output]]]) -> list[Output]:
-    """Do a request's work, admitted as one and seen by the metrics; errors name the field `input`."""
+async def observed(
+    context: ServerContext, work: Callable[[], Awaitable[list[Output]]], *, fields: Mapping[str, str] = INPUT
+) -> list[Output]:
+    """Do a request's work, admitted as one and seen by the metrics.
+
+    Args:
+        context: of the server.
+        work: asks the engine.
+        fields: of the request, by the names that the engine has for them; errors name them.
+    """
     with context.lifecycle.admit(1), context.metrics.observe_request() as observation:
         try:
             outputs = await work()
         except RequestError as exc:
-            if exc.param is not None and exc.param.startswith("prompt"):
-                exc.param = exc.param.replace("prompt", "input", 1)
+            name, bracket, place = (exc.param or "").partition("[")
+            if name in fields:
+                exc.param = fields[name] + bracket + place
             raise
         observation.end_of_reading(usage(outputs).prompt_tokens)
     return outputs
 
 
-def usage(outputs: Sequence[EmbeddingOutput | ClassificationOutput]) -> PoolingUsage:
+def usage(outputs: Sequence[PooledOutput]) -> PoolingUsage:
     """Token counts of all texts."""
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     return PoolingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)

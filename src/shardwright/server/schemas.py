@@ -176,7 +176,6 @@ class PoolingBody(StrictModel):
     """What all take that read whole texts."""
 
     model: str | None = None
-    input: TextInput
     truncate_prompt_tokens: int | None = None
     user: Ignored = None
 
@@ -184,10 +183,35 @@ class PoolingBody(StrictModel):
 class ClassifyBody(PoolingBody):
     """Body of `POST /classify`."""
 
+    input: TextInput
+
+
+class ScoreBody(PoolingBody):
+    """Body of `POST /score`: texts, or pairs of texts."""
+
+    text_1: TextInput
+    text_2: TextInput | None = None
+
+
+class Document(StrictModel):
+    """A text, as Jina's API may have it."""
+
+    text: str
+
+
+class RerankBody(PoolingBody):
+    """Body of `POST /rerank`, as Jina and Cohere define it."""
+
+    query: str
+    documents: Annotated[list[str | Document], expected("a list of strings, or of objects with a text")]
+    top_n: int | None = None
+    return_documents: bool | None = None
+
 
 class EmbeddingBody(PoolingBody):
     """Body of `POST /v1/embeddings`."""
 
+    input: TextInput
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
 

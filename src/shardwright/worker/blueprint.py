@@ -135,6 +135,7 @@ class Blueprint:
                 dtype=torch.float32,
                 compute_dtype=torch.float32,
                 device=torch.device("cpu"),
+                self_check=self.options.self_check,
             )
         try:
             return ServedModel(self.build(self.dtype), num_positions=self.max_model_len)

@@ -38,6 +38,7 @@ def climb(
     compute_dtype: torch.dtype,
     device: torch.device,
     parallel: ParallelConfig | None = None,
+    self_check: bool = True,
     agree: Callable[[bool], bool] = bool,
 ) -> StepModel:
     """The model on the highest rung that is right for it, its cache not allocated yet.
@@ -53,12 +54,13 @@ def climb(
         compute_dtype: of attention's products.
         device: of the module.
         parallel: how many ranks share the model; None: this one has it alone.
+        self_check: whether a rung has to give the module's own logits; if not, it is enough that it can be built.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if the module's own forward pass fails; EngineError if only that of another rank does.
     """
     set_attention(module, "eager")
-    expected = _expected(module, vocab_size=vocab_size, agree=agree)
+    expected = _expected(module, vocab_size=vocab_size, agree=agree) if self_check else None
     reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
     rungs = single_rungs(module, device=device, parallel=parallel)
     if agree(not far_position_turns_others(module, num_positions=num_positions)):
@@ -75,15 +77,16 @@ def climb(
     else:
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
-    check = partial(check_logits, expected=expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+    check = partial(check_logits, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
 
     def tried(name: AttentionRung, build: Callable[[], StepModel]) -> tuple[StepModel | None, str | None]:
         """A model, and why it cannot stand on its rung; all ranks are told the same of whether it can."""
         set_attention(module, "eager")
         model, problem = _tried(build)
         stands = agree(problem is None)
-        if stands and model is not None and name is not AttentionRung.RECOMPUTE:  # its own forward pass
-            _, problem = _tried(partial(check, model))
+        is_plain = name is AttentionRung.RECOMPUTE  # the module's own forward pass
+        if stands and model is not None and expected is not None and not is_plain:
+            _, problem = _tried(partial(check, model, expected))
             stands = agree(problem is None)
         return model, None if stands else problem or "another rank cannot stand there"
 
@@ -96,6 +99,10 @@ def climb(
             if problem is None:
                 logger.warning("keys and values are cached, not the latents they are made of: %s", as_latents)
         if problem is None and model is not None:
+            if not self_check:
+                logger.warning(
+                    "rung %r was not checked: that the model's tokens are right was not verified", str(rung.name)
+                )
             return _settled(model)
         reasons[f"not {rung.name}: {problem}"] = None
     raise UnsupportedModelError("; ".join(reasons))
@@ -104,7 +111,7 @@ def climb(
 def _settled(model: StepModel) -> StepModel:
     """A model that stays on its rung."""
     if isinstance(model, PackedModel):
-        model.is_checked = True
+        model.is_chosen = True
     if isinstance(model, RecomputingModel):
         logger.warning("attention is served on rung %r, one request at a time: %s", str(model.rung), model.rung_reason)
     return model

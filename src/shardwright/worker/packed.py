@@ -65,8 +65,8 @@ class PackedModel:
         self._cache: KVCache | None = None
         self._recomputing: RecomputingModel | None = None
         self._program: Program | None = None
-        self.is_checked = False
-        """Whether it gave the right logits once; until then, a failure is one."""
+        self.is_chosen = False
+        """Whether it is the rung that serves, not one that is being tried: until then, a failure is one."""
 
     def bytes_per_block(self, block_size: int) -> int:
         size = bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
@@ -114,7 +114,7 @@ class PackedModel:
             try:
                 return self.served.forward(inputs, self._cache, self._backend)
             except UnsupportedModelError as exc:
-                if not self.is_checked or not self._may_recompute:
+                if not self.is_chosen or not self._may_recompute:
                     raise
                 logger.warning("from now on every step computes whole sequences, one at a time: %s", exc)
                 set_attention(self.served.module, "eager")

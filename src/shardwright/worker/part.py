@@ -14,9 +14,11 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from shardwright.config import EngineConfig
+from shardwright.layers.quantized_linear import quantize_linears
 from shardwright.plans.choose import choose_plan
 from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.pipeline import Pipeline, PipelineStage, plan_pipeline
+from shardwright.plans.quantization import Quantization, quantization_of
 from shardwright.plans.resolve import resolve
 from shardwright.plans.shard import fitted_table, shard
 from shardwright.plans.slices import ShardSlice
@@ -54,20 +56,24 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
     is_dummy = config.model.load_format == "dummy"
     if peers is None:
         module = blueprint.load(dummy=is_dummy)
-        return ModelPart(module=module, architecture=type(module).__name__, num_parameters=count_parameters(module))
+        num_parameters = count_parameters(module)
+        _quantize(module, quantization_of(module, config.model.weight_format))
+        return ModelPart(module=module, architecture=type(module).__name__, num_parameters=num_parameters)
     whole: list[_Whole] = []
 
     def cut(module: nn.Module) -> ShardSlice:
         num_parameters = count_parameters(module)
-        table, flow = resolve_table(module, config)
+        quantization = quantization_of(module, config.model.weight_format)
+        table, flow = resolve_table(module, config, quantization)
         fitted = fitted_table(module, table)
         pipeline = plan_pipeline(module, fitted.table, flow=flow) if placement.pp > 1 else None
-        whole.append(_Whole(fitted.table, pipeline, num_parameters))
+        whole.append(_Whole(fitted.table, quantization, pipeline, num_parameters))
         shard(module, fitted.table, stage=placement.stage, collectives=peers.stage, fitted=fitted.fitted)
         return ShardSlice(fitted.table, placement.stage, placement.tp_rank)
 
     module = blueprint.load(dummy=is_dummy, cut=cut)
     table, pipeline, num_parameters = whole[0].table, whole[0].pipeline, whole[0].num_parameters
+    _quantize(module, whole[0].quantization)
     agree = peers.agree
     if pipeline is not None:
         stage = PipelineStage(module, pipeline, table, placement.stage, source=peers.source, target=peers.target)
@@ -86,8 +92,14 @@ class _Whole:
     """What was found out about the whole model before it was cut."""
 
     table: ShardTable
+    quantization: Quantization | None
     pipeline: Pipeline | None
     num_parameters: int
+
+
+def _quantize(module: nn.Module, quantization: Quantization | None) -> None:
+    if quantization is not None:
+        quantize_linears(module, quantization.inputs, quantization.format)
 
 
 def give_empty_logits(module: nn.Module) -> None:
@@ -120,7 +132,9 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def resolve_table(module: nn.Module, config: EngineConfig) -> tuple[ShardTable, Dataflow | None]:
+def resolve_table(
+    module: nn.Module, config: EngineConfig, quantization: Quantization | None
+) -> tuple[ShardTable, Dataflow | None]:
     """Which rank holds what of a model that may be on "meta", and what its layers compute from, if it is a pipeline.
 
     Raises: PlanError.
@@ -137,4 +151,7 @@ def resolve_table(module: nn.Module, config: EngineConfig) -> tuple[ShardTable, 
     )
     flow = trace_dataflow(module, layer_stack(module, plan).layers) if pp > 1 else None
     groups = unit_groups(module, plan)
-    return resolve(module, plan, groups, tp=tp, pp=pp, pp_split=parallel.layers_per_stage, flow=flow), flow
+    table = resolve(
+        module, plan, groups, tp=tp, pp=pp, pp_split=parallel.layers_per_stage, flow=flow, quantization=quantization
+    )
+    return table, flow

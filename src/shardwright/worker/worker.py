@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shardwright.adapt.eager import eager
-from shardwright.config import EngineConfig, SchedulerConfig
+from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
@@ -182,10 +182,11 @@ def adapt(
                 compute_dtype=compute_dtype,
                 device=device,
                 parallel=config.parallel,
+                self_check=config.model.self_check,
                 agree=agree,
             )
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
-                _record(model, blueprint)
+                _record(model, blueprint, config.model)
             return model
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"
@@ -199,9 +200,11 @@ def _expect_no_padding(module: nn.Module) -> None:
             setattr(held, _PADDING_WARNING, lambda *_: None)
 
 
-def _record(model: PackedModel, blueprint: Blueprint) -> None:
+def _record(model: PackedModel, blueprint: Blueprint, options: ModelConfig) -> None:
     """Let a model's decode steps be carried out natively, if they can be."""
-    problem = model.record(num_positions=blueprint.max_model_len, vocab_size=blueprint.vocab_size)
+    problem: str | None = "its weights are quantized"
+    if options.weight_format is None:
+        problem = model.record(num_positions=blueprint.max_model_len, vocab_size=blueprint.vocab_size)
     if problem is None:
         logger.debug("decode steps are recorded, and carried out natively")
     else:

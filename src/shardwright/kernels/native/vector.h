@@ -41,6 +41,17 @@ inline Vector load(const uint16_t* p) {
 inline void put(Vector v, float* p) { _mm512_storeu_ps(p, v); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+
+// Two vectors of neighbouring weights: of bfloat16, those at even places and those at odd ones, which takes no more than a shift and a mask.
+inline void load_two(const float* p, Vector& first, Vector& second) {
+    first = load(p);
+    second = load(p + LANES);
+}
+inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int LANES = 8;
 using Vector = __m256;
@@ -57,6 +68,15 @@ inline float sum(Vector v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline void load_two(const float* p, Vector& first, Vector& second) {
+    first = load(p);
+    second = load(p + LANES);
+}
+inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 #else
 constexpr int LANES = 1;
 using Vector = float;
@@ -66,6 +86,11 @@ inline Vector load(const uint16_t* p) { return widen(*p); }
 inline void put(Vector v, float* p) { *p = v; }
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 inline float sum(Vector v) { return v; }
+template <typename T>
+inline void load_two(const T* p, Vector& first, Vector& second) {
+    first = load(p);
+    second = load(p + 1);
+}
 #endif
 
 }  // namespace

@@ -9,13 +9,13 @@ from shardwright.plans.check.findings import Finding, Severity
 from shardwright.plans.check.subject import Subject, Weight
 from shardwright.plans.groups import UnitGroup, UnitKind, ranges_of
 from shardwright.plans.quantities import size
-from shardwright.plans.undealt import more_layers, named, too_few
+from shardwright.plans.undealt import more_layers, named, named_units, too_few
 
 
 def check_deal(subject: Subject) -> Iterator[Finding]:
     """Per kind of group that the plan cuts, how its units are dealt to the ranks."""
     cut = {group: weights for group in subject.groups if (weights := _cut_weights(subject, group))}
-    held = set(too_few(cut, subject.tp))
+    held = set(too_few(cut, subject.tp, subject.quantization))
     alike: dict[tuple[str, int], list[UnitGroup]] = defaultdict(list)
     for group, weights in cut.items():
         where = subject.guilty(weights[0])
@@ -38,23 +38,28 @@ def _cut_weights(subject: Subject, group: UnitGroup) -> list[Weight]:
 
 def _held(subject: Subject, group: UnitGroup, alike: Sequence[Sequence[Weight]]) -> Finding:
     """Groups of one kind that every rank holds all of, since they have too few units, and others can be dealt."""
+    few = group.units < subject.tp
+    group_size = None if few or subject.quantization is None else subject.quantization.format.group_size
+    units = named_units(group.kind, group.units, group_size)
     total = sum(weight.num_bytes for weights in alike for weight in weights)
     modules = list(dict.fromkeys(weight.module if weight.is_linear else weight.name for weight in alike[0]))
     return Finding(
         Severity.WARNING,
         subject.guilty(alike[0][0]),
-        f"{group.units} {group.kind} cannot be dealt to {subject.tp} ranks: every rank holds all of "
+        f"{units} cannot be dealt to {subject.tp} ranks: every rank holds all of "
         f"{named(modules)}{more_layers(len(alike))}, {size(total - total // subject.tp)} more than its share",
-        f"--tp {group.units}",
+        f"--tp {group.units}" if group_size is None else "a smaller --quantization-group-size",
     )
 
 
 def _dealt(subject: Subject, group: UnitGroup, where: str) -> Iterator[Finding]:
-    pieces = group.pieces(subject.tp)
+    quantum = subject.quantum(group)
+    pieces = group.pieces(subject.tp, quantum)
     counts = [stop - start for start, stop in pieces]
-    coarse = min((m.units for m in group.members if m.units > 1 and m.span is None), default=group.units)
+    coarse = group.coarse
     if len(set(counts)) > 1:
         shared = f" ({coarse} of keys and values)" if coarse < group.units else ""
+        shared += f", {quantum} of which fill a quantized group," if quantum > 1 else ""
         yield Finding(
             Severity.NOTE,
             where,

@@ -24,7 +24,14 @@ def check_stages(subject: Subject) -> Iterator[Finding]:
     table: ShardTable | None = None
     try:
         table = resolve(
-            subject.module, subject.plan, [], tp=1, pp=subject.pp, pp_split=subject.pp_split, flow=subject.flow
+            subject.module,
+            subject.plan,
+            [],
+            tp=1,
+            pp=subject.pp,
+            pp_split=subject.pp_split,
+            flow=subject.flow,
+            quantization=subject.quantization,
         )
     except PlanError as error:
         yield _undealt(subject, error)

@@ -14,6 +14,7 @@ from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.groups import Member, UnitGroup
 from shardwright.plans.patterns import matches, specificity
 from shardwright.plans.plan import ParallelPlan
+from shardwright.plans.quantization import Quantization
 from shardwright.plans.resolve import acts, cut_dimension, has_inputs_first, matching_pattern, parameters_of, resolve
 from shardwright.plans.stages import layer_stack
 from shardwright.plans.styles import REPLICATE, Cut, Input, Output, Style
@@ -110,6 +111,8 @@ class Subject:
     pp_split: Sequence[int] | None
     groups: Sequence[UnitGroup]
     """Whether the plan cuts them or not."""
+    quantization: Quantization | None = None
+    """Of its weights, when it serves."""
 
     @cached_property
     def flow(self) -> Dataflow | None:
@@ -130,7 +133,12 @@ class Subject:
             pp=self.pp,
             pp_split=self.pp_split,
             flow=self.flow if self.pp > 1 else None,
+            quantization=self.quantization,
         )
+
+    def quantum(self, group: UnitGroup) -> int:
+        """How many of its units are dealt together."""
+        return 1 if self.quantization is None else self.quantization.quantum(group)
 
     @cached_property
     def weights(self) -> list[Weight]:

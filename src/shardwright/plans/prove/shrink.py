@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 LARGE = 200_000_000
 """Parameters of a model that is proved as it is: 0.8 GB in float32."""
 
+MOST_SHRUNK = 400_000_000
+"""Parameters of a smaller model: one of 70B that keeps its 80 layers has 270 million."""
+
 TOO_LARGE = 2_000_000_000
 """Parameters of a model that cannot be proved unless it can be made smaller: 8 GB in float32."""
 
@@ -114,7 +117,7 @@ def _built(module: PreTrainedModel, config: PretrainedConfig) -> nn.Module | Non
     try:
         with torch.device("meta"):
             sketch = type(module)._from_config(copy.deepcopy(config), dtype=torch.float32)
-        if _structure(sketch) != _structure(module) or sum(p.numel() for p in sketch.parameters()) > LARGE:
+        if _structure(sketch) != _structure(module) or sum(p.numel() for p in sketch.parameters()) > MOST_SHRUNK:
             return None
         smaller: nn.Module = type(module)._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():

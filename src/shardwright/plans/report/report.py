@@ -12,6 +12,7 @@ from torch import nn
 from shardwright.errors import PlanError
 from shardwright.plans.check import CheckReport, Subject, check
 from shardwright.plans.plan import ParallelPlan
+from shardwright.plans.quantization import Quantization
 from shardwright.plans.structure import Node, structure_tree
 from shardwright.plans.table import ParameterRow, ShardTable, Stage
 from shardwright.plans.units import unit_groups
@@ -114,7 +115,14 @@ class PlanReport:
 
 
 def make_report(
-    module: nn.Module, plan: ParallelPlan, *, model: str, tp: int, pp: int, pp_split: Sequence[int] | None = None
+    module: nn.Module,
+    plan: ParallelPlan,
+    *,
+    model: str,
+    tp: int,
+    pp: int,
+    pp_split: Sequence[int] | None = None,
+    quantization: Quantization | None = None,
 ) -> PlanReport:
     """Resolve and check a plan.
 
@@ -125,9 +133,12 @@ def make_report(
         tp: tensor-parallel ranks.
         pp: pipeline stages.
         pp_split: layers per stage; None: balanced.
+        quantization: of its weights, when it serves.
     """
     groups = unit_groups(module, plan)
-    subject = Subject(module=module, plan=plan, tp=tp, pp=pp, pp_split=pp_split, groups=groups)
+    subject = Subject(
+        module=module, plan=plan, tp=tp, pp=pp, pp_split=pp_split, groups=groups, quantization=quantization
+    )
     found = check(subject)
     try:
         table: ShardTable | None = subject.table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 
 from shardwright.plans.quantities import plural, size
 from shardwright.plans.report.report import EntryUse, PlanReport
@@ -57,7 +56,7 @@ def stage_rows(report: PlanReport) -> Iterator[tuple[str, ...]]:
     """Stages as rows of a table: number, modules, layers, bytes."""
     for stage in report.stages:
         rows = [row for row in report.rows if stage.index in row.stages]
-        total = sum(row.element_bytes * prod(row.shape) for row in rows)
+        total = sum(row.whole_bytes for row in rows)
         yield (str(stage.index), modules_of(stage), str(len(stage.layers) or ""), size(total))
 
 
