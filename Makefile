@@ -6,6 +6,9 @@ ARGS ?=
 ZOO_SOURCE ?= ../shared/zoo
 ZOO ?= .zoo
 
+# Tests that fill the machine by themselves; the others run two at a time.
+MANY_PROCESSES := tests/e2e tests/parallel tests/cli tests/bench tests/test_examples.py
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -34,7 +37,8 @@ serve: $(INSTALLED) ## Serve a model over HTTP; e.g. make serve MODEL=path/to/mo
 	@$(BIN)/shardwright serve $(MODEL) $(ARGS)
 
 test: $(INSTALLED) starter ## Run all tests but the sweep
-	@$(BIN)/python -m pytest -m "not sweep" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not sweep" -n 2 --dist loadfile $(MANY_PROCESSES:%=--ignore=%) $(ARGS)
+	@$(BIN)/python -m pytest -m "not sweep" $(MANY_PROCESSES) $(ARGS)
 
 sweep: $(INSTALLED) ## Run what takes too long for every run: each architecture on ranks of each shape
 	@$(BIN)/python -m pytest -m sweep $(ARGS)

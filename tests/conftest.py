@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each writes the modeling code that it loads
+    os.environ["HF_MODULES_CACHE"] = str(Path(tempfile.gettempdir()) / f"shardwright-tests-{os.getuid()}-{worker}")
 
 VOCAB_SIZE = 128
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]

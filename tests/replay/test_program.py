@@ -177,6 +177,7 @@ UNREPEATABLE: dict[str, Callable[[], Function]] = {
     "square of the size": lambda: lambda x, _: x + (x @ x.T).sum() * torch.ones(len(x) ** 2).sum(),
     "a tensor kept from the first step": remembering,
     "a counter": counting,
+    "random numbers": lambda: lambda x, _: x + torch.rand(WIDTH),
     "a shape that values decide": lambda: lambda x, _: x[x[:, 0] > -9] * 1,
 }
 

@@ -118,8 +118,15 @@ def config_model(model_type: str, **fields: object) -> Callable[[], nn.Module]:
     return lambda: draw(make_config(model_type, fields), seed=0)
 
 
-class Disagreed(BaseException):
-    """The last stage says no where the first was told that all say yes; nothing on the ladder catches it."""
+COUNTS_IN_ONE_STAGE: dict[str, object] = {
+    "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 8, "intermediate_size_mlp": 96,
+    "num_local_experts": 2,
+}  # fmt: skip
+"""Of Llama 4, whose layers without rotary positions count tokens to scale their queries."""
+
+
+class Disagreed(BaseException):  # past whoever catches what the model's code raises
+    """The last stage says no where the first was told that all say yes."""
 
 
 def climb_in_turn(module: nn.Module) -> list[StepModel]:
@@ -174,6 +181,7 @@ def _climb(part: nn.Module, stage: PipelineStage, denied: set[int], answers: lis
         (config_model("llama"), "interface", [1, 1]),
         (config_model("gpt2"), "interface", [1, 1]),
         (config_model("mistral", num_hidden_layers=3), "interface", [2, 1]),
+        (config_model("llama4_text", **COUNTS_IN_ONE_STAGE), "interface", [2, 2]),
         (config_model("mamba"), "state", [0, 0]),
         (config_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]), "state", [0, 1]),
         (config_model("recurrent_gemma", num_hidden_layers=3, attention_window_size=16, lru_width=64), "state", [0, 1]),
@@ -186,6 +194,7 @@ def _climb(part: nn.Module, stage: PipelineStage, denied: set[int], answers: lis
         "llama",
         "gpt2",
         "sliding",
+        "counts",
         "states",
         "states apart",
         "states on modules",

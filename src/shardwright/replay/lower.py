@@ -10,11 +10,19 @@ from torch import Tensor
 
 from shardwright.errors import UnsupportedModelError
 from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
-from shardwright.replay.instructions import FLOATS, TYPES, Instruction, Operation, bits_of
-
-ONE = Affine(1)
-Lowered = list[Instruction] | None
-"""Instructions for a call; None: it is left to PyTorch."""
+from shardwright.replay.instructions import FLOATS, TYPES, Instruction, Operation
+from shardwright.replay.lower_rows import (
+    ONE,
+    Lowered,
+    are,
+    linear,
+    linear_of_any_shape,
+    normalize,
+    reduce,
+    softmax,
+    take_rows,
+    take_rows_of_dimension,
+)
 
 UNARY = {
     "neg": Operation.NEG,
@@ -114,30 +122,34 @@ class Lowering:
         if name == "stack":
             return self._stack(out, args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0))
         if name == "embedding":
-            return self._rows(out, args[0], args[1])
+            return take_rows(out, args[0], args[1])
         if name == "index_select" and args[1] == 0:
-            return self._rows(out, args[0], args[2])
+            return take_rows(out, args[0], args[2])
         if name == "index_select":
-            return self._rows_of_dimension(out, *args)
+            return take_rows_of_dimension(out, *args)
         if name == "index" and len(args[1]) == 1:
-            return self._rows(out, args[0], args[1][0])
+            return take_rows(out, args[0], args[1][0])
         if name in ("mean", "sum", "amax"):
-            return self._reduce(name, out, args, kwargs)
+            return reduce(name, out, args, kwargs)
         if name == "_softmax":
-            return self._softmax(out, args[0], args[1])
+            return softmax(out, args[0], args[1])
         if name == "native_layer_norm":
-            return self._normalize(Operation.LAYER_NORM, out[0], args[0], args[1], args[2], args[3], args[4])
+            return normalize(Operation.LAYER_NORM, out[0], args[0], args[1], args[2], args[3], args[4])
         if name == "_fused_rms_norm":
-            return self._normalize(Operation.RMS_NORM, out[0], args[0], args[1], args[2], None, args[3])
+            return normalize(Operation.RMS_NORM, out[0], args[0], args[1], args[2], None, args[3])
         if name == "linear":
-            return self._linear_of_any_shape(out, args[0], args[1], args[2] if len(args) > 2 else None)
+            bias = args[2] if len(args) > 2 else None
+            return linear_of_any_shape(out, args[0], args[1], bias, is_constant=self._is_constant(args[1]))
         if name == "mm":
-            return self._linear(out, args[0], args[1], None)
+            return linear(out, args[0], args[1], None, is_constant=self._is_constant(args[1]))
         if name == "addmm" and not kwargs:
-            return self._linear(out, args[1], args[2], args[0])
-        if name == "bmm" and _are(FLOATS, out, *args):
+            return linear(out, args[1], args[2], args[0], is_constant=self._is_constant(args[2]))
+        if name == "bmm" and are(FLOATS, out, *args):
             return [Instruction(Operation.PRODUCT, (out, *args))]
         return None
+
+    def _is_constant(self, place: Place) -> bool:
+        return place.storage in self._recording.constants
 
     def _elementwise(self, operation: Operation, out: Place, *inputs: Place | float | bool) -> Lowered:
         places = [self._place(value) for value in inputs]
@@ -227,101 +239,12 @@ class Lowering:
             instructions += copied
         return instructions
 
-    def _rows(self, out: Place, table: Place, index: Any) -> Lowered:
-        is_index = isinstance(index, Place) and index.dtype is torch.int64 and bool(table.sizes)
-        if not is_index or not {table.dtype, out.dtype} <= TYPES.keys():
-            return None
-        return [Instruction(Operation.ROWS, (out, table, index))]
-
-    def _rows_of_dimension(self, out: Place, table: Place, dim: int, index: Place) -> Lowered:
-        """Rows along another dimension than the first, where those before it are of one row."""
-        if any(size != ONE for size in table.sizes[:dim]):
-            return None
-        inner = [replace(p, sizes=p.sizes[dim:], strides=p.strides[dim:]) for p in (out, table)]
-        return self._rows(inner[0], inner[1], index)
-
-    def _reduce(self, name: str, out: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered:
-        operation = {"mean": Operation.MEAN, "sum": Operation.SUM, "amax": Operation.AMAX}[name]
-        value = args[0]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        if not isinstance(dims, list) or len(dims) != 1 or not _are(FLOATS, out, value):
-            return None
-        dim = dims[0] % len(value.sizes)
-        keeps = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-        strides = [*out.strides[:dim], *out.strides[dim + 1 :]] if keeps else list(out.strides)
-        sizes = [*value.sizes[:dim], *value.sizes[dim + 1 :]]
-        target = replace(out, sizes=(*sizes, ONE), strides=(*strides, ONE))
-        return [Instruction(operation, (target, _with_last(value, dim)))]
-
-    def _softmax(self, out: Place, value: Place, dim: int) -> Lowered:
-        if not _are(FLOATS, out, value) or not value.sizes:
-            return None
-        dim %= len(value.sizes)
-        return [Instruction(Operation.SOFTMAX, (_with_last(out, dim), _with_last(value, dim)))]
-
-    def _normalize(
-        self,
-        operation: Operation,
-        out: Place,
-        value: Place,
-        shape: list[int],
-        weight: Place | None,
-        bias: Place | None,
-        epsilon: float | None,
-    ) -> Lowered:
-        given = [place for place in (out, value, weight, bias) if place is not None]
-        if len(shape) != 1 or not _are(FLOATS, *given) or epsilon is None:
-            return None
-        if any(place.strides != (ONE,) for place in (weight, bias) if place is not None):
-            return None
-        return [Instruction(operation, (out, value, weight, bias), (bits_of(epsilon),))]
-
-    def _linear_of_any_shape(self, out: Place, value: Place, weight: Place, bias: Place | None) -> Lowered:
-        """[..., K] by [N, K], where the leading dimensions are those of one list of rows."""
-        transposed = replace(weight, sizes=weight.sizes[::-1], strides=weight.strides[::-1])
-        rows = [_as_rows(place) for place in (out, value)]
-        if rows[0] is None or rows[1] is None or len(weight.sizes) != 2:
-            return None
-        return self._linear(rows[0], rows[1], transposed, bias)
-
-    def _linear(self, out: Place, value: Place, weight: Place, bias: Place | None) -> Lowered:
-        given = [place for place in (out, value, weight, bias) if place is not None]
-        is_vector = bias is None or (len(bias.sizes) == 1 and bias.strides == (ONE,) and bias.sizes == out.sizes[1:])
-        if not _are(FLOATS, *given) or not is_vector:
-            return None
-        if weight.storage in self._recording.constants:
-            rows, columns = weight.sizes
-            if weight.strides == (ONE, rows):
-                return [Instruction(Operation.LINEAR, (out, value, weight, bias))]
-            if weight.strides == (columns, ONE):
-                return [Instruction(Operation.LINEAR_TRANSPOSED, (out, value, weight, bias))]
-        if bias is not None:
-            return None
-        single = [replace(p, sizes=(ONE, *p.sizes), strides=(Affine(0), *p.strides)) for p in (out, value, weight)]
-        return [Instruction(Operation.PRODUCT, tuple(single))]
-
 
 def _picks(call: Call) -> bool:
     """Whether the numbers in a tensor decide how large a call's output is."""
     if call.function._schema.name == "aten::index":  # it does so only for places at which a tensor is true
         return any(place.dtype is torch.bool for place in tensors_in(call.args[1], Place))
     return torch.Tag.dynamic_output_shape in call.function.tags
-
-
-def _as_rows(place: Place) -> Place | None:
-    """A tensor as [rows, features]; None if its rows do not follow each other evenly."""
-    rows, stride = ONE, Affine(0)
-    for size, step in zip(place.sizes[:-1], place.strides[:-1], strict=True):
-        if size == ONE:
-            continue
-        if rows != ONE and (size.slope or stride != step * size.base):
-            return None
-        rows, stride = rows * size.base if rows != ONE else size, step
-    return replace(place, sizes=(rows, place.sizes[-1]), strides=(stride, place.strides[-1]))
-
-
-def _are(dtypes: tuple[torch.dtype, ...], *places: Any) -> bool:
-    return all(isinstance(place, Place) and place.dtype in dtypes for place in places)
 
 
 def _times(one: Affine, other: Affine) -> Affine:
@@ -336,9 +259,3 @@ def _spread(place: Place, out: Place) -> Place:
     for size, stride, wanted in zip(place.sizes, place.strides, out.sizes[missing:], strict=True):
         strides.append(Affine(0) if size == ONE and wanted != ONE else stride)
     return replace(place, sizes=out.sizes, strides=tuple(strides))
-
-
-def _with_last(place: Place, dim: int) -> Place:
-    """A tensor whose dimension `dim` comes last."""
-    order = [*(d for d in range(len(place.sizes)) if d != dim), dim]
-    return replace(place, sizes=tuple(place.sizes[d] for d in order), strides=tuple(place.strides[d] for d in order))
