@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shardwright.attention.kv_cache import KVCache
-from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind, group_layers
+from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind, group_layers, lane_elements
 
 BLOCK_SIZE = 4
 WINDOW = Visibility(VisibilityKind.SLIDING, 8)
@@ -14,10 +14,11 @@ LAYERS = [
     LayerSpec("b", num_heads=4, num_kv_heads=1, key_dim=32, value_dim=4),
     LayerSpec("c", num_heads=6, num_kv_heads=3, key_dim=5, value_dim=7, visibility=WINDOW),
     LayerSpec("d", num_heads=1, num_kv_heads=1, key_dim=3, value_dim=40),
+    LayerSpec("e", num_heads=4, num_kv_heads=1, key_dim=12, value_dim=9, values_in_keys=True),
 ]
 
 
-def make_cache(num_blocks: int = 6) -> KVCache:
+def make_cache(num_blocks: int = 10) -> KVCache:
     return KVCache(
         LAYERS, group_layers(LAYERS), num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32,
         device=torch.device("cpu"),
@@ -36,6 +37,8 @@ def test_layers_that_share_lanes_do_not_overlap() -> None:
         for block in (1 + 2 * cache.group_of_layer[index], 2 + 2 * cache.group_of_layer[index]):
             keys = torch.randn(BLOCK_SIZE, spec.num_kv_heads, spec.key_dim)
             values = torch.randn(BLOCK_SIZE, spec.num_kv_heads, spec.value_dim)
+            if spec.values_in_keys:
+                values = keys[..., : spec.value_dim]
             layer.write(slots(block), keys, values)
             written[index, block] = keys, values
     for (index, block), (keys, values) in written.items():
@@ -65,3 +68,18 @@ def test_scrub_mends_the_blocks_named_and_no_others() -> None:
     assert values.isfinite().all()
     assert keys[0, 0, 0] == 1
     assert cache.layers[0].gather(torch.tensor([1]))[0].isnan().sum() == 1
+
+
+def test_a_cache_of_latents_alone_has_no_memory_for_values() -> None:
+    latent = LAYERS[-1]
+    assert latent.elements_per_token == 12
+    assert lane_elements([latent], group_layers([latent])) == [(12, 0)]
+    cache = KVCache(
+        [latent], group_layers([latent]), num_blocks=2, block_size=BLOCK_SIZE, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    layer = cache.layers[0]
+    assert layer.values_NKV.data_ptr() == layer.keys_NKD.data_ptr()
+    layer.write(slots(1), torch.full((4, 1, 12), float("nan")), torch.zeros(4, 1, 9))
+    cache.scrub(torch.tensor([1]))
+    assert layer.gather(torch.tensor([1]))[1].eq(0).all()

@@ -48,6 +48,26 @@ def test_inspect_shows_which_entry_covers_what(shardwright: Shardwright, tiny_ll
     assert document["tree"]["children"][1]["style"] == "colwise_rep"
 
 
+def test_inspect_counts_latents_once(shardwright: Shardwright, tmp_path: Path) -> None:
+    from transformers import MiniCPM3Config
+
+    config = MiniCPM3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12,
+        architectures=["MiniCPM3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    document = shardwright("inspect", str(tmp_path), "--json", "--max-model-len", "100").json
+    [group] = document["cache_groups"]
+    assert (group["kind"], group["layers"], group["latent_layers"]) == ("full", [0, 1], [0, 1])
+    assert group["bytes_per_token"] == 2 * (16 + 8) * 4
+    assert group["bytes_per_request"] == 100 * group["bytes_per_token"]
+    assert {entry["by"] for entry in document["replaced"]} == {"paged attention on latents, full"}
+    assert "2 cache one latent of 24 numbers a token for all heads" in document["attention"]["reason"]
+    text = shardwright("inspect", str(tmp_path)).stdout
+    assert "cache: full, 2 layers of latents: 192 B a token" in text
+
+
 def test_inspect_says_why_a_model_gets_a_lower_rung(shardwright: Shardwright, tmp_path: Path) -> None:
     from transformers import BloomConfig
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 SDPA = {
     "alibi_sdpa", "bool_mask_gpt", "cached_sdpa", "causal_llama", "float_mask_sinusoid", "grouped_queries",
-    "last_logits", "local_global", "mha_block", "parallel_block", "tiled_heads", "torch_encoder",
+    "last_logits", "latent_sdpa", "local_global", "mha_block", "parallel_block", "tiled_heads", "torch_encoder",
 }  # fmt: skip
 DATAFLOW = {
     "alibi_bare", "alibi_buffer", "alibi_cached", "baddbmm_net", "bmm_gpt", "broadcast_groups", "capped_scores",
     "clipped_relative", "complex_rope", "einsum_net", "exp_sum", "flat_head", "gathered_rope", "grouped_einsum",
-    "keys_first", "mha_weights", "moe_loop", "own_softmax", "sink_column", "t5_bias", "tril_gpt", "windowed_raw",
+    "keys_first", "latent_parts", "mha_weights", "moe_loop", "own_softmax", "sink_column", "t5_bias", "tril_gpt",
+    "windowed_raw",
 }  # fmt: skip
 PER_REQUEST = {
     "talking_heads": "its weights are not the softmax of its scores",
@@ -23,9 +24,12 @@ RECOMPUTE = {
     "token_shift": "logits differ from those of its own forward pass",
 }
 
+LATENT = {"latent_parts", "latent_sdpa"}
+"""Those that cache latents in place of keys and values."""
+
 QUICK = {
-    "alibi_bare", "causal_llama", "gathered_rope", "linear_attention", "sink_column", "t5_bias", "talking_heads",
-    "torch_encoder", "tril_gpt",
+    "alibi_bare", "causal_llama", "gathered_rope", "latent_parts", "linear_attention", "sink_column", "t5_bias",
+    "talking_heads", "torch_encoder", "tril_gpt",
 }  # fmt: skip
 """Run by default: one of each rung, and of each kind of positions."""
 

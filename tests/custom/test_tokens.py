@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from tests.custom.builder import MODELS, NUM_TOKENS, PROMPT_LENGTHS, Reference, build
-from tests.custom.expected import QUICK, REASONS, RUNGS
+from tests.custom.expected import LATENT, QUICK, REASONS, RUNGS
 
 from shardwright import LLM, SamplingParams
 
@@ -29,6 +29,7 @@ class Custom:
         with LLM(str(self.reference.path), trust_remote_code=True, **(fixed | options)) as llm:
             assert llm.info.attention_rung == RUNGS[self.name], llm.info.attention_reason
             assert REASONS.get(self.name, "") in llm.info.attention_reason
+            assert ("cache one latent of" in llm.info.attention_reason) == (self.name in LATENT)
             yield llm
             assert llm.stats.num_free_blocks == llm.stats.num_blocks
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shardwright.adapt.served_model import ForwardInputs
+from shardwright.adapt.paged import ForwardInputs
 from shardwright.replay.affine import Recording, common_recording
 from shardwright.replay.program import Program
 from shardwright.replay.trace import Trace, TraceMode

@@ -223,9 +223,8 @@ def test_a_stage_without_attention_goes_along() -> None:
 
 
 def test_a_rung_that_is_wrong_for_another_rank_is_not_taken() -> None:
-    answers = iter(
-        [True] * 6 + [False]
-    )  # its own pass, far positions, attention, counts, none of them, the rung, its logits
+    # Its own pass, far positions, attention, no latents, counts, none of them, the rung, its logits.
+    answers = iter([True] * 7 + [False])
     model = climb(
         draw(make_config("llama", {}), seed=0),
         num_positions=POSITIONS,

@@ -85,6 +85,9 @@ MIXED: Table = {
 }
 """Experts, latent attention, chunks, sinks, and several of them at once."""
 
+LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
+"""Keys and values are made of latents, which are cached in their place."""
+
 OWN_ATTENTION: Table = {
     "bloom": {},
     "codegen": {"n_ctx": 256, "rotary_dim": 8},

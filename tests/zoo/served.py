@@ -20,6 +20,7 @@ class Architecture:
 
     reference: Reference
     rung: str = "interface"
+    caches_latents: bool = False
 
     @contextmanager
     def engine(self, **options: object) -> Iterator[LLM]:
@@ -27,6 +28,7 @@ class Architecture:
         fixed = {"dtype": "float32", "block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4}
         with LLM(str(self.reference.path), **(fixed | options)) as llm:
             assert llm.info.attention_rung == self.rung, llm.info.attention_reason
+            assert ("cache one latent of" in llm.info.attention_reason) == self.caches_latents
             yield llm
             assert llm.stats.num_free_blocks == llm.stats.num_blocks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.zoo.architectures import FULL, MIXED, OWN_ATTENTION, QUICK, SLIDING
+from tests.zoo.architectures import FULL, LATENT, MIXED, OWN_ATTENTION, QUICK, SLIDING
 from tests.zoo.builder import PROMPT_LENGTHS, build
 from tests.zoo.served import Architecture
 
@@ -17,7 +17,8 @@ ARCHITECTURES = FULL | SLIDING | MIXED | OWN_ATTENTION
 def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     directory = tmp_path_factory.mktemp("zoo") / request.param
     rung = "dataflow" if request.param in OWN_ATTENTION else "interface"
-    return Architecture(build(request.param, ARCHITECTURES[request.param], directory), rung)
+    reference = build(request.param, ARCHITECTURES[request.param], directory)
+    return Architecture(reference, rung, caches_latents=request.param in LATENT)
 
 
 @pytest.mark.sweep

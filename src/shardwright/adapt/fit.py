@@ -57,6 +57,12 @@ class FittedAttention:
     order: Tensor | None = None
     """[H] int64: the code's heads, those that share a KV head beside each other; None if they are so."""
 
+    def cached_heads(self, heads_HTD: Tensor) -> Tensor:
+        """Of the code's heads of keys or values, one of those that are alike: [K, T, D]."""
+        if self.order is not None:
+            heads_HTD = heads_HTD.index_select(0, self.order)
+        return heads_HTD[:: self.repeats]
+
 
 @dataclass(frozen=True, slots=True)
 class _Scores:

@@ -22,10 +22,12 @@ from shardwright.adapt.far_scores import FarMode
 from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
+from shardwright.adapt.latent import LatentFinder, LatentSearch, LatentTaps, find_latents, no_latents
 from shardwright.adapt.logits import logits_of, rows_of, without_cache
+from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.rungs import AttentionRung
-from shardwright.adapt.served_model import ForwardInputs, output_head, rows_before_head
+from shardwright.adapt.served_model import output_head, rows_before_head
 from shardwright.adapt.trace import ForwardTrace, TracingMode
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -61,6 +63,7 @@ class InterceptedModel:
         num_positions: longest sequence that will be served.
         vocab_size: number of token ids.
         needs_attention: whether a model that never attends is refused.
+        expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be found or understood.
@@ -73,6 +76,7 @@ class InterceptedModel:
         num_positions: int,
         vocab_size: int,
         needs_attention: bool = True,
+        expanded_because: str = "",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.module = module
@@ -90,19 +94,27 @@ class InterceptedModel:
         is_sdpa = all(trace.is_sdpa for trace in long.attentions)
         self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
         how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
-        self.rung_reason = f"{len(self._attentions)} {how} in its own code are answered by paged attention"
-        self.layers: list[LayerSpec] = [attention.spec for attention in self._attentions]
+        specs = [attention.spec for attention in self._attentions]
+        if expanded_because:
+            self.latents = no_latents(specs, expanded_because)
+        else:
+            self.latents = self._find_latents(specs, num_positions)
+        self._taps = LatentTaps(module, self.latents.by_call)
+        self.rung_reason = (
+            f"{len(specs)} {how} in its own code are answered by paged attention{self.latents.describe()}"
+        )
+        self.layers: list[LayerSpec] = self.latents.cached(specs)
         self.groups: list[CacheGroup] = group_layers(self.layers)
         head = agreed(lambda: self._head_of_rows(min(SHORT_TRACE, num_positions)), agree)
         self.head = None if short.gives_last_alone else head
-        self._mode = ServingMode(module, short, self._attentions, num_positions)
+        self._mode = ServingMode(module, short, self._attentions, self._taps, num_positions)
 
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> Tensor:
         """Run one step. Returns [R, vocab_size] logits, model dtype, for the rows asked for."""
         arguments = self._arguments(inputs.position_ids)
         tokens = inputs.input_ids[None]
-        self._mode.begin(inputs, cache, backend)
-        with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._mode:
+        self._mode.begin(PagedStep(inputs, cache, backend))
+        with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._taps.open(), self._mode:
             output = self.module(tokens, **arguments)
         self._mode.end()
         return rows_of(logits_of(output)[0], inputs.logits_rows)
@@ -194,6 +206,20 @@ class InterceptedModel:
             fit_far(attention, mode.found[i], mode.rows, num_near=num_near, precision=precision)
             for i, attention in enumerate(near)
         ]
+
+    def _find_latents(self, specs: list[LayerSpec], num_positions: int) -> LatentSearch:
+        """Watch a short prompt: what keys and values are made of."""
+
+        def run(finder: LatentFinder) -> None:
+            def look(number: int, trace: AttentionTrace) -> None:
+                assert trace.value is not None
+                heads = self._attentions[number].cached_heads
+                finder.look(number, heads(trace.key), heads(trace.value))
+
+            with blank_masks(), finder.watching():
+                self._trace(min(SHORT_TRACE, num_positions), look)
+
+        return find_latents(self.module, specs, run, agree=self._agree)
 
     @torch.inference_mode()
     def _head_of_rows(self, num_tokens: int) -> nn.Module | None:

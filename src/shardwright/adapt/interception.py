@@ -18,12 +18,11 @@ from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.count_answers import CountAnswers
 from shardwright.adapt.count_calls import CountCalls, tables_of
 from shardwright.adapt.fit import FittedAttention
+from shardwright.adapt.latent import LatentTaps
+from shardwright.adapt.paged import PagedStep
 from shardwright.adapt.products import heads_of
-from shardwright.adapt.served_model import ForwardInputs
 from shardwright.adapt.stand_in import StandIn
 from shardwright.adapt.trace import ForwardTrace
-from shardwright.attention.kv_cache import KVCache
-from shardwright.attention.layout import AttentionBackend
 from shardwright.errors import UnsupportedModelError
 
 
@@ -34,15 +33,22 @@ class ServingMode(TorchFunctionMode):
         module: that runs.
         trace: which calls matter.
         attentions: what they mean.
+        taps: give the latents of those that cache them; open while the module runs.
         num_positions: longest sequence that is served.
     """
 
     def __init__(
-        self, module: nn.Module, trace: ForwardTrace, attentions: list[FittedAttention], num_positions: int
+        self,
+        module: nn.Module,
+        trace: ForwardTrace,
+        attentions: list[FittedAttention],
+        taps: LatentTaps,
+        num_positions: int,
     ) -> None:
         super().__init__()
         self._trace = trace
         self._attentions = attentions
+        self._taps = taps
         self._counter = CallCounter(module, row_labels=trace.row_labels)
         self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
         self._scores = {a.place: i for i, a in enumerate(trace.attentions) if not a.is_sdpa}
@@ -50,12 +56,12 @@ class ServingMode(TorchFunctionMode):
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         self._counts = CountAnswers(CountCalls(tables_of(module)), trace.counts, num_positions)
 
-    def begin(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend) -> None:
+    def begin(self, step: PagedStep) -> None:
         """Get ready for a forward pass."""
-        self._inputs, self._cache, self._backend = inputs, cache, backend
+        self._step, self._inputs = step, step.inputs
         self._counter.restart()
         self._pending.clear()
-        self._counts.begin(inputs.position_ids[None])
+        self._counts.begin(step.inputs.position_ids[None])
 
     def end(self) -> None:
         """Make sure that the pass went as the traced one. Raises UnsupportedModelError if it did not."""
@@ -100,15 +106,11 @@ class ServingMode(TorchFunctionMode):
 
     def _attend(self, index: int, query_HTD: Tensor, key_HTD: Tensor, value_HTV: Tensor) -> Tensor:
         """Paged attention of one call; returns [H, T, V]."""
-        attention, group = self._attentions[index], self._cache.group_of_layer[index]
+        attention = self._attentions[index]
         if attention.order is not None:
-            query_HTD, key_HTD, value_HTV = (heads[attention.order] for heads in (query_HTD, key_HTD, value_HTV))
-        key_TKD = key_HTD[:: attention.repeats].transpose(0, 1)
-        value_TKV = value_HTV[:: attention.repeats].transpose(0, 1)
-        layer = self._cache.layers[index]
-        layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
-        output = self._backend.forward(
-            query_HTD.transpose(0, 1), key_TKD, value_TKV, layer, self._inputs.plans[group], attention.params
-        )
+            query_HTD = query_HTD[attention.order]
+        key_TKD, value_TKV = (attention.cached_heads(heads).transpose(0, 1) for heads in (key_HTD, value_HTV))
+        query_THD, latent = query_HTD.transpose(0, 1), self._taps.take(index)
+        output = self._step.attend(index, query_THD, key_TKD, value_TKV, attention.params, latent)
         output_HTV = output.transpose(0, 1)
         return output_HTV if attention.order is None else output_HTV[attention.order.argsort()]

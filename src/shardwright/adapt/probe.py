@@ -19,6 +19,7 @@ from shardwright.adapt.agreement import agreed
 from shardwright.adapt.count_calls import Count, CountCalls
 from shardwright.adapt.counting import COUNTS_ONCE, CountFollower, CountingMode, Use
 from shardwright.adapt.dispatch import PROBE, AttentionHandler, handling
+from shardwright.adapt.latent import LatentFinder, LatentSearch, find_latents
 from shardwright.adapt.visibility import read_visibility
 from shardwright.attention.layout import AttentionParams
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
@@ -42,12 +43,19 @@ class AttentionCall:
 
 
 class ProbeHandler:
-    """Records the attention calls of a forward pass and answers them with values of the right shape."""
+    """Records the attention calls of a forward pass and answers them with values of the right shape.
 
-    def __init__(self, model: nn.Module, num_positions: int) -> None:
+    Args:
+        model: that runs.
+        num_positions: longest sequence that will be served.
+        finder: is shown the keys and values of each call.
+    """
+
+    def __init__(self, model: nn.Module, num_positions: int, finder: LatentFinder | None = None) -> None:
         self.calls: list[AttentionCall] = []
         self._names = {id(module): name for name, module in model.named_modules()}
         self._num_positions = num_positions
+        self._finder = finder
         self._visibilities: dict[int, Visibility | UnsupportedModelError] = {}
         self._masks: list[Tensor] = []
 
@@ -85,6 +93,8 @@ class ProbeHandler:
         for bias in ("position_bias", "attention_bias", "alibi"):
             if options.get(bias) is not None:
                 raise UnsupportedModelError(f"{name} adds a {bias} to its attention scores")
+        if self._finder is not None:
+            self._finder.look(len(self.calls), key[0], value[0])
         scale = options.get("scaling")
         self.calls.append(
             AttentionCall(
@@ -198,6 +208,26 @@ def _run_probe(
         raise
     except Exception as exc:
         raise UnsupportedModelError(f"a short forward pass failed: {described(exc)}") from exc
+
+
+@torch.inference_mode()
+def probe_latents(
+    model: nn.Module, calls: list[AttentionCall], *, num_positions: int, agree: Callable[[bool], bool]
+) -> LatentSearch:
+    """Whether the attention calls can cache latents in place of keys and values.
+
+    Args:
+        model: as in `probe_attention`, after it.
+        calls: that it found.
+        num_positions: longest sequence that will be served.
+        agree: whether all ranks that share the model say yes.
+    """
+
+    def run(finder: LatentFinder) -> None:
+        handler = ProbeHandler(model, num_positions, finder)
+        _run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS, watching=finder.watching())
+
+    return find_latents(model, [call.spec for call in calls], run, agree=agree)
 
 
 def set_attention(model: nn.Module, implementation: str) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,29 +13,15 @@ from shardwright.adapt import dispatch
 from shardwright.adapt.agreement import agreed
 from shardwright.adapt.count_answers import AnsweringMode, CountAnswers
 from shardwright.adapt.count_calls import CountCalls
+from shardwright.adapt.latent import LatentTaps, no_latents
 from shardwright.adapt.logits import logits_of, rows_of
-from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, probe_counts, set_attention
+from shardwright.adapt.paged import ForwardInputs, PagedStep
+from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, probe_counts, probe_latents, set_attention
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
 from shardwright.cache.spec import CacheGroup, LayerSpec, group_layers
 from shardwright.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardInputs:
-    """What goes into the model's forward in one step: the tokens of all sequences, one after another."""
-
-    input_ids: Tensor
-    """[T] int64."""
-    position_ids: Tensor
-    """[T] int64: position of each token in its own sequence."""
-    slot_mappings: Sequence[Tensor]
-    """Per cache group, [T] int64: where each token's key and value go."""
-    plans: Sequence[Any]
-    """Per cache group, what AttentionBackend.prepare returned."""
-    logits_rows: Tensor
-    """[R] int64: tokens whose next-token logits are wanted."""
 
 
 class ServedModel:
@@ -46,6 +31,7 @@ class ServedModel:
         module: in eval mode; on "meta" it can be looked at but not run.
         num_positions: longest sequence that will be served.
         needs_attention: whether a model that never attends is refused.
+        expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be captured, with the reason.
@@ -57,6 +43,7 @@ class ServedModel:
         *,
         num_positions: int,
         needs_attention: bool = True,
+        expanded_because: str = "",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         dispatch.register()
@@ -69,8 +56,15 @@ class ServedModel:
             raise UnsupportedModelError(
                 f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
             )
-        self.rung_reason = f"{len(self.calls)} attention calls go through Transformers' attention interface"
-        self.layers: list[LayerSpec] = [call.spec for call in self.calls]
+        specs = [call.spec for call in self.calls]
+        if expanded_because or not self._takes_positions:
+            self.latents = no_latents(specs, expanded_because)
+        else:
+            self.latents = probe_latents(module, self.calls, num_positions=num_positions, agree=agree)
+        self._taps = LatentTaps(module, self.latents.by_call)
+        how = "attention calls go through Transformers' attention interface"
+        self.rung_reason = f"{len(self.calls)} {how}{self.latents.describe()}"
+        self.layers: list[LayerSpec] = self.latents.cached(specs)
         self.groups: list[CacheGroup] = group_layers(self.layers)
         self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
@@ -110,11 +104,11 @@ class ServedModel:
         backend: AttentionBackend,
         options: dict[str, Any],
     ) -> Tensor:
-        handler = PagedAttention(self.calls, cache, backend, inputs)
+        handler = PagedAttention(self.calls, self._taps, PagedStep(inputs, cache, backend))
         tokens, position_ids = inputs.input_ids.view(shape), inputs.position_ids.view(shape)
         if self._takes_positions:
             options = {"position_ids": position_ids} | options
-        with dispatch.handling(handler), self._answered_counts(position_ids):
+        with dispatch.handling(handler), self._taps.open(), self._answered_counts(position_ids):
             output = self.module(input_ids=tokens, **options)
         return logits_of(output)
 
@@ -133,13 +127,10 @@ class ServedModel:
 class PagedAttention:
     """Answers the attention calls of one forward pass from the paged cache."""
 
-    def __init__(
-        self, calls: list[AttentionCall], cache: KVCache, backend: AttentionBackend, inputs: ForwardInputs
-    ) -> None:
+    def __init__(self, calls: list[AttentionCall], taps: LatentTaps, step: PagedStep) -> None:
         self._calls = calls
-        self._cache = cache
-        self._backend = backend
-        self._inputs = inputs
+        self._taps = taps
+        self._step = step
         self._next = 0
 
     def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor | None:
@@ -157,10 +148,8 @@ class PagedAttention:
                 f"attention call {index} came from another module than at load ({call.spec.name}): "
                 "the order of its layers depends on the data"
             )
-        layer, group = self._cache.layers[index], self._cache.group_of_layer[index]
         query_THD, key_TKD, value_TKV = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        layer.write(self._inputs.slot_mappings[group], key_TKD, value_TKV)
-        output = self._backend.forward(query_THD, key_TKD, value_TKV, layer, self._inputs.plans[group], call.params)
+        output = self._step.attend(index, query_THD, key_TKD, value_TKV, call.params, self._taps.take(index))
         return output.view(query.shape[0], query.shape[2], *output.shape[1:])
 
 

@@ -7,6 +7,8 @@ masks. A layer then costs a gather and one scaled_dot_product_attention per piec
   values;
   * a prompt that goes on (a later chunk, or after a prefix hit) gathers its context and is masked.
 Query heads that share a KV head stand in for query positions, so keys and values are never repeated.
+Latents (see attention/latent.py) are one KV head that all query heads share; a prompt that goes on may make keys and
+values of them first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.attention.kv_cache import LayerCache
+from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
 
@@ -124,6 +127,41 @@ class BatchedBackend:
             ).to(output_TKGV.dtype)
         return output_TKGV.flatten(1, 2)
 
+    def forward_latent(
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: LayerCache,
+        plan: BatchedPlan,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        projection = projection.to(self.compute_dtype)
+        query_THD = query_THD.to(self.compute_dtype)
+        output_THV = value_TKV.new_empty(*query_THD.shape[:2], value_TKV.shape[2])
+        for decode in plan.decodes:
+            rows, latents = (self._by_sequence(part, len(decode.tokens)) for part in cache.gather(decode.blocks))
+            query = projection.absorbed(query_THD[decode.tokens])
+            latent_S1HR = _decode_attention(query[:, None], rows, latents, decode, params)
+            output_THV[decode.tokens] = projection.values_of(latent_S1HR[:, 0]).to(output_THV.dtype)
+        for prompt in plan.prompts:
+            tokens = slice(prompt.first, prompt.last)
+            query = query_THD[tokens]
+            if prompt.blocks is None:  # the model's code has made keys and values of all that is seen
+                keys, values = (part[tokens].to(self.compute_dtype) for part in (key_TKD, value_TKV))
+                output = _prompt_heads(query, keys, values, prompt.mask_TL, params)
+            else:
+                rows, latents = (part[: prompt.context].to(self.compute_dtype) for part in cache.gather(prompt.blocks))
+                if projection.pays_to_expand(num_queries=len(query), context=len(rows)):
+                    keys, values = projection.expanded(rows[:, 0])
+                    output = _prompt_heads(query, keys, values, prompt.mask_TL, params)
+                else:
+                    latent_THR = _prompt_heads(projection.absorbed(query), rows, latents, prompt.mask_TL, params)
+                    output = projection.values_of(latent_THR)
+            output_THV[tokens] = output.to(output_THV.dtype)
+        return output_THV
+
     def _by_sequence(self, rows: Tensor, num_sequences: int) -> Tensor:
         """[S * L, K, D] as [S, K, L, D], in the compute dtype."""
         sequences: Tensor = rows.to(self.compute_dtype).unflatten(0, (num_sequences, -1))
@@ -192,6 +230,14 @@ def _decode_attention(
         bias = bias_HSL.unflatten(0, scores_SKGL.shape[1:3]).permute(2, 0, 1, 3)
     weights = _weights(scores_SKGL, mask, bias, params, head_dims=(1, 2))
     return torch.matmul(weights.to(values_SKLV.dtype), values_SKLV)
+
+
+def _prompt_heads(
+    query_THD: Tensor, keys_LKD: Tensor, values_LKV: Tensor, mask_TL: Tensor | None, params: AttentionParams
+) -> Tensor:
+    """As `_prompt_attention`, for query heads in one dimension; returns [T, H, V]."""
+    query_TKGD = query_THD.unflatten(1, (keys_LKD.shape[1], -1))
+    return _prompt_attention(query_TKGD, keys_LKD, values_LKV, mask_TL, params).flatten(1, 2)
 
 
 def _prompt_attention(

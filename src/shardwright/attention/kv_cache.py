@@ -18,17 +18,23 @@ class LayerCache:
     keys_NKD: Tensor
     """[num_slots, num_kv_heads, key_dim]."""
     values_NKV: Tensor
-    """[num_slots, num_kv_heads, value_dim]."""
+    """[num_slots, num_kv_heads, value_dim]; a view of the keys if these hold the values."""
     block_size: int
+    values_in_keys: bool = False
+    """See LayerSpec."""
 
     def write(self, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
         """Store the step's keys and values; `slot_mapping` is [T], int64."""
         self.keys_NKD.index_copy_(0, slot_mapping, key_TKD.to(self.keys_NKD.dtype))
-        self.values_NKV.index_copy_(0, slot_mapping, value_TKV.to(self.values_NKV.dtype))
+        if not self.values_in_keys:
+            self.values_NKV.index_copy_(0, slot_mapping, value_TKV.to(self.values_NKV.dtype))
 
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of whole blocks, one after another: keys [B * block_size, K, D] and values [B * block_size, K, V]."""
-        return self._gather(self.keys_NKD, blocks), self._gather(self.values_NKV, blocks)
+        keys = self._gather(self.keys_NKD, blocks)
+        if self.values_in_keys:
+            return keys, keys[..., : self.values_NKV.shape[-1]]
+        return keys, self._gather(self.values_NKV, blocks)
 
     def _gather(self, rows: Tensor, blocks: Tensor) -> Tensor:
         num_slots, num_heads, dim = rows.shape
@@ -72,14 +78,12 @@ class KVCache:
         places = {index: (g, lane) for g, group in enumerate(groups) for lane, index in enumerate(group.layers)}
         for index, layer in enumerate(layers):
             group, lane = places[index]
-            keys, values = lanes[lane]
-            self.layers.append(
-                LayerCache(
-                    _heads(keys, layer.num_kv_heads, layer.key_dim),
-                    _heads(values, layer.num_kv_heads, layer.value_dim),
-                    block_size,
-                )
-            )
+            keys = _heads(lanes[lane][0], layer.num_kv_heads, layer.key_dim)
+            if layer.values_in_keys:
+                values = keys[..., : layer.value_dim]
+            else:
+                values = _heads(lanes[lane][1], layer.num_kv_heads, layer.value_dim)
+            self.layers.append(LayerCache(keys, values, block_size, layer.values_in_keys))
             self.group_of_layer.append(group)
         self._lanes = lanes
         self._block_size = block_size
@@ -90,13 +94,13 @@ class KVCache:
         Places that a mask hides are read all the same, and zero weight times not-a-number is not zero: without this, a
         request whose activations overflowed would spoil the next one in its blocks.
         """
-        for rows in (rows for lane in self._lanes for rows in lane):
+        for rows in (rows for lane in self._lanes for rows in lane if rows.shape[-1]):
             blocked = rows.view(-1, self._block_size, rows.shape[-1])
             blocked[blocks] = blocked[blocks].nan_to_num()
 
 
 def _zeros(num_slots: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
+    if device.type != "cpu" or not width:
         return torch.zeros(num_slots, width, dtype=dtype, device=device)
     # Unlike torch.zeros, numpy leaves the zeroing to the system, which does it when a page is first written.
     memory = torch.from_numpy(np.zeros(num_slots * width * dtype.itemsize, dtype=np.uint8))

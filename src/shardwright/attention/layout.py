@@ -1,7 +1,8 @@
 """How the tokens of a step lie in the packed batch, and the protocol of a back end.
 
 Shape suffixes here and in the back ends: T tokens of the step, S sequences in it, H query heads, K key/value heads, G =
-H / K, D head size of queries and keys, V head size of values, L context length, B blocks, N distances.
+H / K, D head size of queries and keys, V head size of values, L context length, B blocks, N distances, R size of a
+latent, C what is cached of a token that has one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from shardwright.attention.kv_cache import LayerCache
+from shardwright.attention.latent import LatentProjection
 from shardwright.cache.spec import Visibility
 
 
@@ -81,6 +83,27 @@ class AttentionBackend(Protocol):
             cache: of this layer.
             plan: from `prepare`, for this layer's group.
             params: of this layer.
+
+        Returns: [T, H, V], dtype of the query.
+        """
+        ...
+
+    def forward_latent(
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: LayerCache,
+        plan: Any,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        """As `forward`, of a layer whose cache holds latents; those of this step are in it already.
+
+        Args:
+            query_THD, key_TKD, value_TKV, plan, params: as in `forward`.
+            cache: of this layer, one KV head of rows [latent | shared part of the keys].
+            projection: makes keys and values of latents.
 
         Returns: [T, H, V], dtype of the query.
         """

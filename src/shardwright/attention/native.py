@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardwright.attention.batched import BatchedBackend, BatchedPlan
 from shardwright.attention.kv_cache import LayerCache
+from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
 from shardwright.kernels.attention import is_available, paged_decode
@@ -39,6 +40,7 @@ class NativeBackend:
 
     def __init__(self, batched: BatchedBackend) -> None:
         self.block_size = batched.block_size
+        self.compute_dtype = batched.compute_dtype
         self._batched = batched
 
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> NativePlan:
@@ -67,6 +69,28 @@ class NativeBackend:
         output = self._batched.forward(query_THD, key_TKD, value_TKV, cache, plan.prompts, params)
         if len(plan.tokens):
             output[plan.tokens] = self._decode(query_THD[plan.tokens], cache, plan, params)
+        return output
+
+    def forward_latent(
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: LayerCache,
+        plan: NativePlan,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        def decode(query_SHD: Tensor) -> Tensor:
+            return projection.around(
+                lambda query_SHC: self._decode(query_SHC, cache, plan, params), query_SHD, self.compute_dtype
+            )
+
+        if plan.tokens is None:
+            return decode(query_THD)
+        output = self._batched.forward_latent(query_THD, key_TKD, value_TKV, cache, plan.prompts, params, projection)
+        if len(plan.tokens):
+            output[plan.tokens] = decode(query_THD[plan.tokens])
         return output
 
     def _decode(self, query_SHD: Tensor, cache: LayerCache, plan: NativePlan, params: AttentionParams) -> Tensor:

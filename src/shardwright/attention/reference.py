@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardwright.attention.kv_cache import LayerCache
+from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
 
@@ -40,19 +41,65 @@ class ReferenceBackend:
         plan: ReferencePlan,
         params: AttentionParams,
     ) -> Tensor:
+        return self._forward(query_THD, cache, plan, params, None)
+
+    def forward_latent(
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: LayerCache,
+        plan: ReferencePlan,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        return self._forward(query_THD, cache, plan, params, projection)
+
+    def _forward(
+        self,
+        query_THD: Tensor,
+        cache: LayerCache,
+        plan: ReferencePlan,
+        params: AttentionParams,
+        projection: LatentProjection | None,
+    ) -> Tensor:
         layout, outputs = plan.layout, []
         for i in range(len(layout.num_tokens)):
             start, length = int(layout.num_computed[i]), int(layout.num_tokens[i])
             context = start + length
             num_blocks = -(-context // cache.block_size)
             blocks = torch.from_numpy(plan.block_tables[i, :num_blocks].astype(np.int64)).to(query_THD.device)
-            keys, values = cache.gather(blocks)
+            keys, values = (rows[:context].float() for rows in cache.gather(blocks))
+            if projection is not None:
+                keys, values = expand(keys[:, 0], projection)
             first, last = int(layout.query_starts[i]), int(layout.query_starts[i + 1])
             mask = torch.zeros(length, context, dtype=torch.bool, device=query_THD.device)
             for j in range(length):
                 mask[j, plan.visibility.first_visible(start + j) : start + j + 1] = True
-            outputs.append(attend(query_THD[first:last], keys[:context], values[:context], mask, params))
+            outputs.append(attend(query_THD[first:last], keys, values, mask, params))
         return torch.cat(outputs).to(query_THD.dtype)
+
+
+def expand(rows_LC: Tensor, projection: LatentProjection) -> tuple[Tensor, Tensor]:
+    """Keys and values of cached latents, head by head.
+
+    Args:
+        rows_LC: [L, C] float32.
+        projection: of the layer.
+
+    Returns: [L, K, D] and [L, K, V], float32.
+    """
+    latent, shared = rows_LC[:, : projection.latent_dim], rows_LC[:, projection.latent_dim :]
+    keys, values = [], []
+    for up_key, up_value in zip(projection.up_key_KNR.float(), projection.up_value_KVR.float(), strict=True):
+        own = latent @ up_key.T
+        key = own.new_empty(len(own), own.shape[1] + shared.shape[1])
+        is_shared = torch.zeros(key.shape[1], dtype=torch.bool)
+        is_shared[projection.shared] = True
+        key[:, is_shared], key[:, ~is_shared] = shared, own
+        keys.append(key)
+        values.append(latent @ up_value.T)
+    return torch.stack(keys, dim=1), torch.stack(values, dim=1)
 
 
 def attend(query_THD: Tensor, keys_LKD: Tensor, values_LKV: Tensor, mask_TL: Tensor, params: AttentionParams) -> Tensor:

@@ -64,11 +64,24 @@ class LayerSpec:
     key_dim: int
     value_dim: int
     visibility: Visibility = Visibility()
+    values_in_keys: bool = False
+    """The one KV head's value is the first `value_dim` numbers of its key, and kept once: a latent that keys and values
+    of all query heads are made of (see attention/latent.py)."""
+
+    @property
+    def key_elements(self) -> int:
+        """Numbers kept per token as keys, of all KV heads."""
+        return self.num_kv_heads * self.key_dim
+
+    @property
+    def value_elements(self) -> int:
+        """Numbers kept per token as values, of all KV heads."""
+        return 0 if self.values_in_keys else self.num_kv_heads * self.value_dim
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers kept per token: keys and values of all KV heads."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim)
+        """Numbers kept per token."""
+        return self.key_elements + self.value_elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +123,8 @@ def lane_elements(layers: list[LayerSpec], groups: list[CacheGroup]) -> list[tup
     lanes = [(0, 0)] * num_lanes
     for group in groups:
         for lane, index in enumerate(group.layers):
-            layer = layers[index]
             keys, values = lanes[lane]
-            lanes[lane] = (
-                max(keys, layer.num_kv_heads * layer.key_dim),
-                max(values, layer.num_kv_heads * layer.value_dim),
-            )
+            lanes[lane] = (max(keys, layers[index].key_elements), max(values, layers[index].value_elements))
     return lanes
 
 

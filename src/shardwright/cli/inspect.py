@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from shardwright.adapt.served_model import ServedModel
+    from shardwright.cache.spec import LayerSpec
     from shardwright.plans.plan import ParallelPlan
     from shardwright.plans.structure import Node, Weight
     from shardwright.weight_format import WeightFormat
@@ -151,20 +152,34 @@ def describe_attention(served: StepModel | ServedModel) -> dict[str, Any]:
     return {
         "attention": {"rung": served.rung, "reason": served.rung_reason},
         "replaced": [
-            {"module": layer.name, "what": "attention", "by": f"paged attention, {layer.visibility.kind}"}
+            {"module": layer.name, "what": "attention", "by": f"{how_attended(layer)}, {layer.visibility.kind}"}
             for layer in served.layers
         ],
     }
 
 
+def how_attended(layer: LayerSpec) -> str:
+    """What takes the place of a layer's attention."""
+    return "paged attention on latents" if layer.values_in_keys else "paged attention"
+
+
 def cache_group(
-    kind: str, *, window: int | None = None, layers: Sequence[int] = (), token: int = 0, request: int = 0
+    kind: str,
+    *,
+    window: int | None = None,
+    layers: Sequence[int] = (),
+    latent_layers: Sequence[int] = (),
+    token: int = 0,
+    request: int = 0,
 ) -> dict[str, Any]:
-    """Layers that are cached alike, and the bytes that a token and a request take in all of them."""
+    """Layers that share blocks, those of them that cache latents, and the bytes that a token and a request take in
+    all.
+    """
     return {
         "kind": kind,
         "window": window,
         "layers": list(layers),
+        "latent_layers": list(latent_layers),
         "bytes_per_token": token,
         "bytes_per_request": request,
     }
@@ -174,6 +189,7 @@ def paged_groups(
     served: StepModel | ServedModel, *, element_bytes: int, max_model_len: int
 ) -> Iterator[dict[str, Any]]:
     """Attention layers with blocks of keys and values, in groups of one window."""
+    numbers = [layer_number(layer.name, default=i) for i, layer in enumerate(served.layers)]
     for group in served.groups:
         if group.layers:
             bytes_per_token = sum(served.layers[i].elements_per_token for i in group.layers) * element_bytes
@@ -181,7 +197,8 @@ def paged_groups(
             yield cache_group(
                 group.visibility.kind,
                 window=window,
-                layers=[layer_number(served.layers[i].name, default=i) for i in group.layers],
+                layers=[numbers[i] for i in group.layers],
+                latent_layers=[numbers[i] for i in group.layers if served.layers[i].values_in_keys],
                 token=bytes_per_token,
                 request=bytes_per_token * min(max_model_len, window or max_model_len),
             )
@@ -241,8 +258,10 @@ def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int |
             console.print("cache: none of ours; the model keeps its own, or does without")
             continue
         window = f" of {group['window']:,} tokens" if group["window"] else ""
+        is_latent = group["latent_layers"] and group["latent_layers"] == group["layers"]
+        kept = "layers of latents" if is_latent else "layers"
         console.print(
-            f"cache: {group['kind']}{window}, {len(group['layers'])} layers: {size(group['bytes_per_token'])} a token, "
+            f"cache: {group['kind']}{window}, {len(group['layers'])} {kept}: {size(group['bytes_per_token'])} a token, "
             f"at most {size(group['bytes_per_request'])} a request",
             markup=False,
             soft_wrap=True,

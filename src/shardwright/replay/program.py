@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shardwright.adapt.served_model import ForwardInputs
+from shardwright.adapt.paged import ForwardInputs
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.native import NativePlan
 from shardwright.errors import UnsupportedModelError

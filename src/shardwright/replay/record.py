@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from shardwright.adapt.intercepted_model import InterceptedModel
-from shardwright.adapt.served_model import ForwardInputs, ServedModel
+from shardwright.adapt.paged import ForwardInputs
+from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import StepLayout
 from shardwright.attention.native import NativeBackend

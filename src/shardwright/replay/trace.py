@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.attention.kv_cache import KVCache, LayerCache
-from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
+from shardwright.attention.latent import LatentProjection
+from shardwright.attention.layout import AttentionParams, StepLayout
+from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import Visibility
 
 T = TypeVar("T")
@@ -173,7 +175,7 @@ class _TracedLayer:
 class TracedBackend:
     """Implements AttentionBackend by another one, and notes what is asked of it."""
 
-    def __init__(self, backend: AttentionBackend, mode: TraceMode) -> None:
+    def __init__(self, backend: NativeBackend, mode: TraceMode) -> None:
         self.block_size = backend.block_size
         self._backend = backend
         self._mode = mode
@@ -197,3 +199,20 @@ class TracedBackend:
         output = self._mode.note(Attend(cache.index, params), (query_THD,), call)
         assert output is not None
         return output
+
+    def forward_latent(
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        cache: _TracedLayer,
+        plan: Any,
+        params: AttentionParams,
+        projection: LatentProjection,
+    ) -> Tensor:
+        """Of decodes: what is made of queries and outputs are operations like others, attention between is ours."""
+        return projection.around(
+            lambda query_THC: self.forward(query_THC, key_TKD, value_TKV, cache, plan, params),
+            query_THD,
+            self._backend.compute_dtype,
+        )

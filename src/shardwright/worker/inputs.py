@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardwright.adapt.served_model import ForwardInputs
+from shardwright.adapt.paged import ForwardInputs
 from shardwright.attention.layout import AttentionBackend, StepLayout
 from shardwright.cache.spec import CacheGroup
 from shardwright.worker.step import StepTables

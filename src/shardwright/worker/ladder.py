@@ -78,21 +78,33 @@ def climb(
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
     check = partial(check_logits, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
-    for rung in rungs:
+
+    def tried(name: AttentionRung, build: Callable[[], StepModel]) -> tuple[StepModel | None, str | None]:
+        """A model, and why it cannot stand on its rung; all ranks are told the same of whether it can."""
         set_attention(module, "eager")
-        model, problem = _tried(partial(rung.build, "; ".join(reasons)))
+        model, problem = _tried(build)
         stands = agree(problem is None)
-        is_plain = rung.name is AttentionRung.RECOMPUTE  # the module's own forward pass
+        is_plain = name is AttentionRung.RECOMPUTE  # the module's own forward pass
         if stands and model is not None and expected is not None and not is_plain:
             _, problem = _tried(partial(check, model, expected))
             stands = agree(problem is None)
-        if stands and model is not None:
+        return model, None if stands else problem or "another rank cannot stand there"
+
+    for rung in rungs:
+        build = partial(rung.build, "; ".join(reasons))
+        model, problem = tried(rung.name, build)
+        if problem is not None and not agree(model is None or not any(s.values_in_keys for s in model.layers)):
+            as_latents = problem
+            model, problem = tried(rung.name, partial(build, expanded_because=f"as latents, {as_latents}"))
+            if problem is None:
+                logger.warning("keys and values are cached, not the latents they are made of: %s", as_latents)
+        if problem is None and model is not None:
             if not self_check:
                 logger.warning(
                     "rung %r was not checked: that the model's tokens are right was not verified", str(rung.name)
                 )
             return _settled(model)
-        reasons[f"not {rung.name}: {problem or 'another rank cannot stand there'}"] = None
+        reasons[f"not {rung.name}: {problem}"] = None
     raise UnsupportedModelError("; ".join(reasons))
 
 

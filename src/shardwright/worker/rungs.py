@@ -25,8 +25,10 @@ class Rung:
     """One way to serve a module."""
 
     name: AttentionRung
-    build: Callable[[str], StepModel]
-    """Given why no better rung would do, makes the model, without its cache; raises if the module cannot stand here."""
+    build: Callable[..., StepModel]
+    """Given why no better rung would do, makes the model, without its cache; raises if the module cannot stand here.
+
+    Those whose attention is paged take `expanded_because` too: why keys and values are cached, and not latents."""
 
 
 def batched_rungs(
@@ -48,19 +50,32 @@ def batched_rungs(
     is_alone = parallel is None or parallel.num_ranks == 1
     is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
 
-    def packed(reason: str) -> StepModel:
-        served = ServedModel(module, num_positions=num_positions, needs_attention=is_whole, agree=agree)
+    def packed(reason: str, *, expanded_because: str = "") -> StepModel:
+        served = ServedModel(
+            module,
+            num_positions=num_positions,
+            needs_attention=is_whole,
+            expanded_because=expanded_because,
+            agree=agree,
+        )
         return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
 
-    def intercepted(reason: str) -> StepModel:
+    def intercepted(reason: str, *, expanded_because: str = "") -> StepModel:
         served = InterceptedModel(
-            module, num_positions=num_positions, vocab_size=vocab_size, needs_attention=is_whole, agree=agree
+            module,
+            num_positions=num_positions,
+            vocab_size=vocab_size,
+            needs_attention=is_whole,
+            expanded_because=expanded_because,
+            agree=agree,
         )
         return PackedModel(
             served, backend, dtype=dtype, device=device, max_step_tokens=num_positions, may_recompute=is_alone
         )
 
-    def with_state(reason: str, *, takes_chunks: bool = True, decodes_together: bool = True) -> StepModel:
+    def with_state(
+        reason: str, *, expanded_because: str = "", takes_chunks: bool = True, decodes_together: bool = True
+    ) -> StepModel:
         return StateSlotModel(
             module,
             backend,
@@ -70,6 +85,7 @@ def batched_rungs(
             device=device,
             takes_chunks=takes_chunks,
             decodes_together=decodes_together,
+            expanded_because=expanded_because,
             agree=agree,
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shardwright.adapt.agreement import agreed
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
@@ -38,6 +39,7 @@ class StateSlotModel:
         device: of the module.
         takes_chunks: whether its layers go on from a state with more than one token.
         decodes_together: whether its code keeps sequences of a batch apart.
+        expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
         agree: whether all ranks that share the model say yes.
 
     Raises: UnsupportedModelError if it keeps no states, or its attention cannot be captured.
@@ -58,15 +60,23 @@ class StateSlotModel:
         device: torch.device,
         takes_chunks: bool,
         decodes_together: bool,
+        expanded_because: str = "",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.takes_chunks = takes_chunks
         self._decodes_together = decodes_together
-        self._states = find_states(module, vocab_size=vocab_size, agree=agree)
-        self._served = ServedModel(module, num_positions=num_positions, needs_attention=False, agree=agree)
+        self._states = agreed(lambda: find_states(module, vocab_size=vocab_size, agree=agree), agree)
+        self._served = ServedModel(
+            module,
+            num_positions=num_positions,
+            needs_attention=False,
+            expanded_because=expanded_because,
+            agree=agree,
+        )
         self.layers = self._served.layers
         self.groups = self._served.groups or [CacheGroup(Visibility(), ())]
         self.rung_reason = f"a state slot for each request; {len(self.layers)} attention layers are paged"
+        self.rung_reason += self._served.latents.describe()
         if not decodes_together:
             self.rung_reason += "; decodes run one by one: its code mixes the sequences of a batch"
         self._backend = backend
