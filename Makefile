@@ -7,7 +7,7 @@ ZOO_SOURCE ?= ../shared/zoo
 ZOO ?= .zoo
 
 # Tests that fill the machine by themselves; the others run two at a time.
-MANY_PROCESSES := tests/e2e tests/parallel tests/cli tests/bench tests/test_examples.py
+MANY_PROCESSES := tests/e2e tests/parallel
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -49,10 +49,10 @@ NO_STAGES = "local_global"
 
 SAMPLE = {
     "tp2": ("phi3",),
-    "tp3": ("llama", "qwen3_moe"),
+    "tp3": ("qwen3_moe",),
     "pp2": ("local_global",),
     "pp3": ("gemma2",),
-    "tp2-pp2": ("gpt2", "gpt_oss", "tril_gpt"),
+    "tp2-pp2": ("gpt_oss", "tril_gpt"),
     "ray-tp2": ("mixtral",),
     "ray-pp2": ("deepseek_v3",),
 }
