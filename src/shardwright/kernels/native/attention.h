@@ -64,8 +64,9 @@ void attend(const Shape& shape, const T* query, const T* keys, const T* values, 
                 row[i] += bias[g * shape.distances + std::min(length - 1 - i, shape.distances - 1)];
         float largest = sinks ? sinks[g] : -INFINITY;
         for (int64_t i = 0; i < length; ++i) largest = std::max(largest, row[i]);
-        float total = sinks ? std::exp(sinks[g] - largest) : 0.0f;
-        for (int64_t i = 0; i < length; ++i) total += row[i] = std::exp(row[i] - largest);
+        float total = sinks ? exponential(sinks[g] - largest) : 0.0f;
+        for (int64_t i = 0; i < length; ++i) row[i] = exponential(row[i] - largest);
+        for (int64_t i = 0; i < length; ++i) total += row[i];
         for (int64_t i = 0; i < length; ++i) row[i] /= total;
     }
     for (int64_t p = first; p <= last; ++p) {

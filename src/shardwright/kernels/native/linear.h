@@ -25,7 +25,7 @@ inline void reorder(const uint16_t*, const float* input, int64_t count, float* o
 }
 
 // Dot products of R rows of weights with T rows of reordered inputs: all sums stay in registers over the whole row.
-template <int R, int T, typename W>
+template <int R, int T, int AHEAD, typename W>
 inline void tile(const W* weight, const float* input, int64_t inner, float* out, int64_t out_stride) {
     constexpr int CHAINS = R * T <= 6 ? 2 : 1;  // few sums: two for each hide more latency
     Vector sums[R][T][CHAINS];
@@ -35,7 +35,10 @@ inline void tile(const W* weight, const float* input, int64_t inner, float* out,
     int64_t k = 0;
     for (; k + TWO <= inner; k += TWO) {
         Vector first[R], second[R];
-        for (int r = 0; r < R; ++r) load_two(weight + r * inner + k, first[r], second[r]);
+        for (int r = 0; r < R; ++r) {
+            load_two(weight + r * inner + k, first[r], second[r]);
+            if (AHEAD) __builtin_prefetch(weight + (r + AHEAD) * inner + k);
+        }
         for (int t = 0; t < T; ++t) {
             const Vector x = load(input + t * inner + k), y = load(input + t * inner + k + LANES);
             for (int r = 0; r < R; ++r) {
@@ -57,9 +60,13 @@ inline void tile(const W* weight, const float* input, int64_t inner, float* out,
 template <int R, typename W>
 inline void rows(const W* weight, const float* input, int64_t tokens, int64_t inner, float* out, int64_t out_stride) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) tile<R, 4>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
-    for (; t + 2 <= tokens; t += 2) tile<R, 2>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
-    for (; t < tokens; ++t) tile<R, 1>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
+    if (tokens >= 4) {  // the first to read these weights
+        tile<R, 4, 6>(weight, input, inner, out, out_stride);
+        t = 4;
+    }
+    for (; t + 4 <= tokens; t += 4) tile<R, 4, 0>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
+    for (; t + 2 <= tokens; t += 2) tile<R, 2, 0>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
+    for (; t < tokens; ++t) tile<R, 1, 4>(weight, input + t * inner, inner, out + t * out_stride, out_stride);
 }
 
 // input [tokens, inner] and weight [outer, inner], both contiguous; tokens at most MOST. emit(token, output feature, sum) takes what comes out.
@@ -69,7 +76,7 @@ void multiply(const float* given, const W* weight, int64_t tokens, int64_t inner
     reordered.resize(tokens * inner);
     for (int64_t t = 0; t < tokens; ++t) reorder(weight, given + t * inner, inner, reordered.data() + t * inner);
     const float* input = reordered.data();
-    constexpr int BLOCK = 24, FEW = 4, MANY = 3;  // rows at once: enough sums to hide latency, few enough for AVX2's registers
+    constexpr int BLOCK = 24, FEW = 4, MANY = 2;  // rows at once: enough sums to hide latency, few enough for AVX2's registers
     const int64_t num_blocks = (outer + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < num_blocks; ++block) {

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +30,28 @@ inline uint16_t narrow(float value) {  // to nearest, ties to even; not-a-number
 }
 inline void store(float value, uint16_t* place) { *place = narrow(value); }
 inline void store(float value, float* place) { *place = value; }
+
+// exp by 2^n * e^r with |r| <= ln 2 / 2 and a polynomial for e^r (Cephes' expf), written so that compilers vectorise it.
+inline float exponential(float x) {
+    const float clamped = std::min(std::max(x, -104.0f), 88.72284f);
+    const float n = std::nearbyint(clamped * 1.44269504f);
+    const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // In two factors: a single one would not hold 2^n for subnormal results or the largest
+    const int32_t whole = static_cast<int32_t>(n), half = whole / 2;
+    const int32_t high_bits = (half + 127) << 23, low_bits = (whole - half + 127) << 23;
+    float high, low;
+    std::memcpy(&high, &high_bits, sizeof high);
+    std::memcpy(&low, &low_bits, sizeof low);
+    const float result = p * high * low;
+    return x > 88.72284f ? INFINITY : x < -104.0f ? 0.0f : x != x ? x : result;
+}
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
