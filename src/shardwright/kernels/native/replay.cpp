@@ -133,6 +133,16 @@ void compute_row(int64_t operation, int64_t count, float* a, const float* b, con
     }
 }
 
+// Elements from the start of a tensor to the i-th of its entries, counted over some of its dimensions.
+inline int64_t offset_of(int64_t i, const int64_t* size, const int64_t* stride, int64_t dims) {
+    int64_t offset = 0;
+    for (int64_t d = dims - 1; d >= 0; --d) {
+        offset += i % size[d] * stride[d];
+        i /= size[d];
+    }
+    return offset;
+}
+
 // Merges dimensions that all tensors step through evenly. The last dimension is the one of the rows.
 int merge(View* views, int count) {
     int dims = 0;
@@ -170,13 +180,9 @@ void elementwise(int64_t operation, const View* tensors, int inputs) {
     for (int64_t task = 0; task < outer * chunks; ++task) {
         alignas(64) float row[3][CHUNK];
         const int64_t start = task % chunks * CHUNK, count = std::min(CHUNK, length - start);
-        int64_t rest = task / chunks, offset[MOST_TENSORS] = {0, 0, 0, 0};
-        for (int d = dims - 2; d >= 0; --d) {
-            const int64_t place = rest % views[0].size[d];
-            rest /= views[0].size[d];
-            for (int v = 0; v <= inputs; ++v) offset[v] += place * views[v].stride[d];
-        }
-        for (int v = 0; v <= inputs; ++v) offset[v] += start * views[v].stride[dims - 1];
+        int64_t offset[MOST_TENSORS];
+        for (int v = 0; v <= inputs; ++v)
+            offset[v] = offset_of(task / chunks, views[0].size, views[v].stride, dims - 1) + start * views[v].stride[dims - 1];
         for (int v = 1; v <= inputs; ++v)
             load_row(views[v].data + offset[v] * bytes(views[v].type), views[v].type, views[v].stride[dims - 1], count, row[v - 1]);
         compute_row(operation, count, row[0], row[1], row[2]);
@@ -189,16 +195,9 @@ void move(const View& to, const View& from) {
     const int64_t size = bytes(to.type);
     int64_t total = 1;
     for (int64_t d = 0; d < to.dims; ++d) total *= to.size[d];
-    for (int64_t i = 0; i < total; ++i) {
-        int64_t rest = i, target = 0, source = 0;
-        for (int64_t d = to.dims - 1; d >= 0; --d) {
-            const int64_t place = rest % to.size[d];
-            rest /= to.size[d];
-            target += place * to.stride[d];
-            source += place * from.stride[d];
-        }
-        std::memcpy(to.data + target * size, from.data + source * size, size);
-    }
+    for (int64_t i = 0; i < total; ++i)
+        std::memcpy(to.data + offset_of(i, to.size, to.stride, to.dims) * size,
+                    from.data + offset_of(i, to.size, from.stride, to.dims) * size, size);
 }
 
 void copy(const View& to, const View& from) {
@@ -220,13 +219,7 @@ void each_row(const View& out, const View& in, F f) {
     for (int64_t i = 0; i < outer; ++i) {
         thread_local std::vector<float> scratch;
         scratch.resize(length);
-        int64_t rest = i, target = 0, source = 0;
-        for (int64_t d = in.dims - 2; d >= 0; --d) {
-            const int64_t place = rest % in.size[d];
-            rest /= in.size[d];
-            target += place * out.stride[d];
-            source += place * in.stride[d];
-        }
+        const int64_t target = offset_of(i, in.size, out.stride, in.dims - 1), source = offset_of(i, in.size, in.stride, in.dims - 1);
         load_row(in.data + source * bytes(in.type), in.type, in.dims ? in.stride[in.dims - 1] : 1, length, scratch.data());
         f(scratch.data(), length, out.data + target * bytes(out.type));
     }
@@ -299,14 +292,8 @@ bool take_rows(const View& out, const View& table, const View& index) {
         from.stride[d] = table.stride[d + 1];
     }
     for (int64_t i = 0; i < count; ++i) {
-        int64_t rest = i, target = 0, source = 0;
-        for (int64_t d = index.dims - 1; d >= 0; --d) {
-            const int64_t place = rest % index.size[d];
-            rest /= index.size[d];
-            target += place * out.stride[d];
-            source += place * index.stride[d];
-        }
-        int64_t row = reinterpret_cast<const int64_t*>(index.data)[source];
+        const int64_t target = offset_of(i, index.size, out.stride, index.dims);
+        int64_t row = reinterpret_cast<const int64_t*>(index.data)[offset_of(i, index.size, index.stride, index.dims)];
         if (row < 0) row += table.size[0];
         if (row < 0 || row >= table.size[0]) return false;
         to.data = out.data + target * bytes(out.type);
