@@ -256,9 +256,7 @@ def test_client_that_gives_up_waiting_frees_its_blocks(server: ServerProcess) ->
 
     async def give_up() -> None:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            asking = asyncio.create_task(
-                client.completions.create(prompt=[PROMPT] * 8, n=1, max_tokens=LONG, **GREEDY)
-            )
+            asking = asyncio.create_task(client.completions.create(prompt=[PROMPT] * 8, n=1, max_tokens=LONG, **GREEDY))
             while await asyncio.to_thread(lambda: server.metrics()["num_requests_running"]) < 8:
                 assert not asking.done()
             asking.cancel()

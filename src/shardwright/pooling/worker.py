@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from shardwright.config import EngineConfig, PoolingConfig
 from shardwright.engine.messages import EngineInfo, PoolingInfo, PoolingRequest
 from shardwright.errors import UnsupportedModelError
+from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.quantized_linear import quantizable_linears, quantize_linears
-from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
 from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import weight_bytes
 from shardwright.models.build import resolve_dtype
@@ -58,8 +58,8 @@ class PoolingWorker:
         if (weight_format := config.model.weight_format) is not None:
             quantize_linears(module, quantizable_linears(module), weight_format)
         torch.nn.Module.to(module, device)
-        if device.type == "cpu" and dtype is not torch.float32 and not has_fast_half_products():
-            upcast_linears(module)
+        if device.type == "cpu":
+            replace_linears(module)
         vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
         if not isinstance(vocab_size, int):
             raise UnsupportedModelError(

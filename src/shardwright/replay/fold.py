@@ -16,7 +16,7 @@ from shardwright.replay.trace import Attend, WriteCache, mapped
 
 def folded(recording: Recording) -> list[Call]:
     """The calls of a step that depend on it; results of others become constants of the recording."""
-    writes = Counter(storage for call in recording.calls for storage in _written(call))
+    writes = Counter(storage for call in recording.calls for storage in written_by(call))
     if any(storage in recording.constants for storage in writes):
         raise UnsupportedModelError("its code changes what it keeps from step to step")
     calls = []
@@ -33,14 +33,14 @@ def folded(recording: Recording) -> list[Call]:
             calls.append(call)
             continue
         arguments = (call.args, call.kwargs)
-        args, kwargs = mapped(arguments, Place, lambda place: _constant(place, recording))
+        args, kwargs = mapped(arguments, Place, lambda place: constant_tensor(place, recording))
         results = tensors_in(call.function(*args, **kwargs), Tensor)
         for place, result in zip(tensors_in(call.output, Place), results, strict=True):
             recording.constants[place.storage] = result
     return calls
 
 
-def _written(call: Call) -> set[int]:
+def written_by(call: Call) -> set[int]:
     """Storages that a call makes, or changes."""
     given = {place.storage for place in tensors_in((call.args, call.kwargs), Place)}
     written = {place.storage for place in tensors_in(call.output, Place)} - given
@@ -69,7 +69,8 @@ def _is_constant(call: Call, recording: Recording, writes: Mapping[int, int]) ->
     )
 
 
-def _constant(place: Place, recording: Recording) -> Tensor:
+def constant_tensor(place: Place, recording: Recording) -> Tensor:
+    """A tensor that does not depend on the step."""
     sizes, strides, offset = place.at(0)
     storage = recording.constants[place.storage].untyped_storage()
     return torch.empty(0, dtype=place.dtype).set_(storage, offset, sizes, strides)

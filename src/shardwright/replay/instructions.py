@@ -66,7 +66,6 @@ class Operation(IntEnum):
     RMS_NORM = auto()
     ROWS = auto()
     LINEAR = auto()
-    LINEAR_TRANSPOSED = auto()
     PRODUCT = auto()
     WRITE_CACHE = auto()
     ATTENTION = auto()

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from shardwright.errors import UnsupportedModelError
+from shardwright.kernels.packed_linear import pack_weight
 from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
+from shardwright.replay.fold import constant_tensor
 from shardwright.replay.instructions import FLOATS, TYPES, Instruction, Operation
 from shardwright.replay.lower_rows import (
     ONE,
     Lowered,
     are,
+    as_rows,
     linear,
-    linear_of_any_shape,
     normalize,
+    product,
     reduce,
     softmax,
     take_rows,
@@ -78,6 +81,7 @@ class Lowering:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._scalars: dict[float, Place] = {}
+        self._packed_weights: dict[Place, Place] = {}
 
     def lower(self, call: Call) -> Lowered:
         """Instructions for a call, none if it computes nothing, None if PyTorch has to do it."""
@@ -138,18 +142,35 @@ class Lowering:
         if name == "_fused_rms_norm":
             return normalize(Operation.RMS_NORM, out[0], args[0], args[1], args[2], None, args[3])
         if name == "linear":
-            bias = args[2] if len(args) > 2 else None
-            return linear_of_any_shape(out, args[0], args[1], bias, is_constant=self._is_constant(args[1]))
+            return self._linear(out, args[0], args[1], args[2] if len(args) > 2 else None)
+        if name == "shardwright::packed_linear":
+            return linear(out, *args[:3])
         if name == "mm":
-            return linear(out, args[0], args[1], None, is_constant=self._is_constant(args[1]))
+            return self._linear(out, args[0], _turned(args[1]), None)
         if name == "addmm" and not kwargs:
-            return linear(out, args[1], args[2], args[0], is_constant=self._is_constant(args[2]))
+            return self._linear(out, args[1], _turned(args[2]), args[0])
         if name == "bmm" and are(FLOATS, out, *args):
             return [Instruction(Operation.PRODUCT, (out, *args))]
         return None
 
-    def _is_constant(self, place: Place) -> bool:
-        return place.storage in self._recording.constants
+    def _linear(self, out: Place, value: Place, weight: Place, bias: Place | None) -> Lowered:
+        """[..., K] by a weight [N, K], plus [N], where the leading dimensions are those of one list of rows."""
+        rows = [as_rows(place) for place in (out, value)]
+        if rows[0] is None or rows[1] is None or len(weight.sizes) != 2 or not are(FLOATS, *rows, weight):
+            return None
+        if weight.storage not in self._recording.constants:
+            return None if bias is not None else product(rows[0], rows[1], _turned(weight))
+        if bias is None:
+            return linear(rows[0], rows[1], self._packed(weight), None)
+        if bias.storage not in self._recording.constants or bias.sizes != weight.sizes[:1]:
+            return None
+        wide = self.constant(constant_tensor(bias, self._recording).float().contiguous())
+        return linear(rows[0], rows[1], self._packed(weight), wide)
+
+    def _packed(self, weight: Place) -> Place:
+        if weight not in self._packed_weights:
+            self._packed_weights[weight] = self.constant(pack_weight(constant_tensor(weight, self._recording)))
+        return self._packed_weights[weight]
 
     def _elementwise(self, operation: Operation, out: Place, *inputs: Place | float | bool) -> Lowered:
         places = [self._place(value) for value in inputs]
@@ -245,6 +266,11 @@ def _picks(call: Call) -> bool:
     if call.function._schema.name == "aten::index":  # it does so only for places at which a tensor is true
         return any(place.dtype is torch.bool for place in tensors_in(call.args[1], Place))
     return torch.Tag.dynamic_output_shape in call.function.tags
+
+
+def _turned(place: Place) -> Place:
+    """A matrix with its dimensions exchanged."""
+    return replace(place, sizes=place.sizes[::-1], strides=place.strides[::-1])
 
 
 def _times(one: Affine, other: Affine) -> Affine:

@@ -72,34 +72,22 @@ def normalize(
     return [Instruction(operation, (out, value, weight, bias), (bits_of(epsilon),))]
 
 
-def linear_of_any_shape(out: Place, value: Place, weight: Place, bias: Place | None, *, is_constant: bool) -> Lowered:
-    """[..., K] by [N, K], where the leading dimensions are those of one list of rows."""
-    transposed = replace(weight, sizes=weight.sizes[::-1], strides=weight.strides[::-1])
-    rows = [_as_rows(place) for place in (out, value)]
-    if rows[0] is None or rows[1] is None or len(weight.sizes) != 2:
+def linear(out: Place, value: Place, packed: Place, bias: Place | None) -> Lowered:
+    """[M, K] by a packed weight, plus [N] float32."""
+    if not are(FLOATS, out, value, packed):
         return None
-    return linear(rows[0], rows[1], transposed, bias, is_constant=is_constant)
+    return [Instruction(Operation.LINEAR, (out, value, packed, bias))]
 
 
-def linear(out: Place, value: Place, weight: Place, bias: Place | None, *, is_constant: bool) -> Lowered:
-    """[M, K] by [K, N], a weight if it is a constant, plus [N]."""
-    given = [place for place in (out, value, weight, bias) if place is not None]
-    is_vector = bias is None or (len(bias.sizes) == 1 and bias.strides == (ONE,) and bias.sizes == out.sizes[1:])
-    if not are(FLOATS, *given) or not is_vector:
+def product(out: Place, value: Place, other: Place) -> Lowered:
+    """[M, K] by [K, N]."""
+    if not are(FLOATS, out, value, other):
         return None
-    if is_constant:
-        rows, columns = weight.sizes
-        if weight.strides == (ONE, rows):
-            return [Instruction(Operation.LINEAR, (out, value, weight, bias))]
-        if weight.strides == (columns, ONE):
-            return [Instruction(Operation.LINEAR_TRANSPOSED, (out, value, weight, bias))]
-    if bias is not None:
-        return None
-    single = [replace(p, sizes=(ONE, *p.sizes), strides=(Affine(0), *p.strides)) for p in (out, value, weight)]
+    single = [replace(p, sizes=(ONE, *p.sizes), strides=(Affine(0), *p.strides)) for p in (out, value, other)]
     return [Instruction(Operation.PRODUCT, tuple(single))]
 
 
-def _as_rows(place: Place) -> Place | None:
+def as_rows(place: Place) -> Place | None:
     """A tensor as [rows, features]; None if its rows do not follow each other evenly."""
     rows, stride = ONE, Affine(0)
     for size, step in zip(place.sizes[:-1], place.strides[:-1], strict=True):

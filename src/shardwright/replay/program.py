@@ -21,6 +21,7 @@ from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
 from shardwright.replay.arena import plan_arena
 from shardwright.replay.fold import folded
 from shardwright.replay.instructions import FLOATS, MOST_VALUES, Instruction, Operation, bits_of, encode
+from shardwright.replay.join import gathered, joined
 from shardwright.replay.lower import Lowering
 from shardwright.replay.trace import Attend, WriteCache, mapped
 
@@ -60,7 +61,7 @@ class Program:
         library.replay.restype = ctypes.c_int64
         self._replay = library.replay
         self._recording = recording
-        self._calls: list[Call] = folded(recording)
+        self._calls: list[Call] = gathered(folded(recording), recording)
         self._uses: list[_CacheUse] = []
         self._host: dict[int, Call] = {}
         instructions = self._lowered()
@@ -146,7 +147,7 @@ class Program:
                 self._host[len(instructions)] = call
                 lowered = [Instruction(Operation.HOST)]
             instructions += lowered
-        return instructions
+        return joined(instructions)
 
     def _of_cache(self, call: Call, row: int) -> Instruction:
         tensors = [place for place in (call.output, *call.args) if place is not None]

@@ -16,7 +16,6 @@ from shardwright.attention.layout import StepLayout
 from shardwright.attention.native import NativeBackend
 from shardwright.errors import UnsupportedModelError
 from shardwright.foreign_errors import described
-from shardwright.layers.upcast_linear import plain_linears
 from shardwright.replay.affine import common_recording
 from shardwright.replay.program import Program
 from shardwright.replay.trace import Trace, TracedBackend, TracedCache, TraceMode
@@ -75,9 +74,8 @@ class Recorder:
 
         Raises: UnsupportedModelError if some step cannot be repeated, with the reason.
         """
-        with plain_linears(self._served.module):
-            self._plain(self._inputs(2))  # what code makes once and keeps is made
-            traces = [self._trace(count) for count in SIZES]
+        self._plain(self._inputs(2))  # what code makes once and keeps is made
+        traces = [self._trace(count) for count in SIZES]
         program = Program(common_recording(traces), most_tokens=MOST_TOKENS)
         del traces
         program.bind(self._cache)

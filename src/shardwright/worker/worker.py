@@ -17,8 +17,9 @@ from torch import nn
 from shardwright.adapt.eager import eager
 from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
+from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.parallel import gather_logits_once
-from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
+from shardwright.layers.upcast_linear import has_fast_half_products
 from shardwright.loading.load import weight_bytes
 from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.blueprint import Blueprint
@@ -168,9 +169,9 @@ def adapt(
     """The model on its rung, with layers replaced where that is faster. Raises UnsupportedModelError."""
     compute_dtype = blueprint.dtype
     _expect_no_padding(module)
-    if device.type == "cpu" and blueprint.dtype is not torch.float32 and not has_fast_half_products():
-        upcast_linears(module)
-        compute_dtype = torch.float32
+    if device.type == "cpu":
+        replace_linears(module)
+        compute_dtype = torch.float32 if not has_fast_half_products() else blueprint.dtype
     try:
         with one_thread():
             model = climb(

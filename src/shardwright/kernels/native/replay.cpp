@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "attention.h"
-#include "linear.h"
+#include "packed.h"
 
 namespace {
 
-constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_TOKENS = 64;
+constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_JOINED = 8;
 constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
 constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
 
@@ -30,7 +30,7 @@ enum Operation : int64_t {
     ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, POW,
     WHERE,
     SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, RMS_NORM,
-    ROWS, LINEAR, LINEAR_TRANSPOSED, PRODUCT,
+    ROWS, LINEAR, PRODUCT,
     WRITE_CACHE, ATTENTION,
 };
 
@@ -303,69 +303,24 @@ bool take_rows(const View& out, const View& table, const View& index) {
     return true;
 }
 
-const float* widened(const View& matrix, std::vector<float>& scratch) {
-    const int64_t rows = matrix.size[0], length = matrix.size[1];
-    scratch.resize(rows * length);
-    for (int64_t r = 0; r < rows; ++r)
-        load_row(matrix.data + r * matrix.stride[0] * bytes(matrix.type), matrix.type, matrix.stride[1], length, scratch.data() + r * length);
-    return scratch.data();
-}
-
-inline float element(const View& vector, int64_t i) {
-    float value;
-    load_row(vector.data + i * bytes(vector.type), vector.type, 1, 1, &value);
-    return value;
-}
-
-// out [M, N] = x [M, K] @ weight [N, K].T + bias [N]; rows of the weight contiguous.
-void linear(const View* t) {
-    thread_local std::vector<float> scratch;
-    const View &out = t[0], &x = t[1], &weight = t[2], &bias = t[3];
-    const float* input = widened(x, scratch);
-    const auto emit = [&](int64_t m, int64_t n, float sum) {
-        if (bias.data) sum += element(bias, n);
-        if (out.type == BF16) reinterpret_cast<uint16_t*>(out.data)[m * out.stride[0] + n * out.stride[1]] = narrow(sum);
-        else reinterpret_cast<float*>(out.data)[m * out.stride[0] + n * out.stride[1]] = sum;
-    };
-    const int64_t inner = x.size[1], outer = out.size[1];
-    for (int64_t first = 0; first < x.size[0]; first += MOST_TOKENS) {
-        const int64_t tokens = std::min<int64_t>(MOST_TOKENS, x.size[0] - first);
-        const auto shifted = [&](int64_t m, int64_t n, float sum) { emit(first + m, n, sum); };
-        if (weight.type == BF16)
-            multiply<MOST_TOKENS>(input + first * inner, reinterpret_cast<const uint16_t*>(weight.data), tokens, inner, outer, shifted);
-        else
-            multiply<MOST_TOKENS>(input + first * inner, reinterpret_cast<const float*>(weight.data), tokens, inner, outer, shifted);
-    }
-}
-
-// out [M, N] = x [M, K] @ weight [K, N] + bias [N]; rows of the weight contiguous.
-void linear_transposed(const View* t) {
-    thread_local std::vector<float> scratch;
-    constexpr int64_t WIDTH = 64;
-    const View &out = t[0], &x = t[1], &weight = t[2], &bias = t[3];
-    const float* input = widened(x, scratch);
-    const int64_t tokens = x.size[0], inner = x.size[1], outer = out.size[1], blocks = (outer + WIDTH - 1) / WIDTH;
-#pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * WIDTH, width = std::min(WIDTH, outer - first);
-        alignas(64) float row[WIDTH], sums[MOST_TOKENS][WIDTH];
-        for (int64_t base = 0; base < tokens; base += MOST_TOKENS) {
-            const int64_t count = std::min<int64_t>(MOST_TOKENS, tokens - base);
-            for (int64_t m = 0; m < count; ++m) {
-                std::fill(sums[m], sums[m] + WIDTH, 0.0f);
-                if (bias.data) load_row(bias.data + first * bytes(bias.type), bias.type, 1, width, sums[m]);
-            }
-            for (int64_t k = 0; k < inner; ++k) {
-                load_row(weight.data + (k * weight.stride[0] + first) * bytes(weight.type), weight.type, 1, width, row);
-                for (int64_t m = 0; m < count; ++m) {
-                    const float factor = input[(base + m) * inner + k];
-                    for (int64_t n = 0; n < width; ++n) sums[m][n] += factor * row[n];
-                }
-            }
-            for (int64_t m = 0; m < count; ++m)
-                store_row(sums[m], width, out.data + ((base + m) * out.stride[0] + first * out.stride[1]) * bytes(out.type), out.type, out.stride[1]);
-        }
-    }
+// out [M, N] = x [M, K] @ weight.T + bias [N], float32, for instructions that follow each other and have the same x; weights are packed.
+template <typename W>
+void linears(const Instruction* instructions, int count) {
+    const View& x = instructions[0].tensor[1];
+    const int64_t inner = x.size[1];
+    const Tiles tiles(x.size[0]);
+    const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
+        load_row(x.data + token * x.stride[0] * bytes(x.type), x.type, x.stride[1], inner, row);
+    });
+    Product<W> products[MOST_JOINED];
+    for (int i = 0; i < count; ++i)
+        products[i] = {reinterpret_cast<const W*>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
+    multiply(tiles, arranged, inner, products, count, [&](int number, int64_t token, int64_t feature, int64_t features, float* sums) {
+        const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
+        if (bias.data)
+            for (int64_t i = 0; i < features; ++i) sums[i] += reinterpret_cast<const float*>(bias.data)[feature + i];
+        store_row(sums, features, out.data + (token * out.stride[0] + feature * out.stride[1]) * bytes(out.type), out.type, out.stride[1]);
+    });
 }
 
 // out [B, M, N] = a [B, M, K] @ b [B, K, N], small and of any layout.
@@ -447,8 +402,16 @@ extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_
             case LAYER_NORM: normalize(true, as_float(in.value[0]), t); break;
             case RMS_NORM: normalize(false, as_float(in.value[0]), t); break;
             case ROWS: if (!take_rows(t[0], t[1], t[2])) return -1 - i; break;
-            case LINEAR: linear(t); break;
-            case LINEAR_TRANSPOSED: linear_transposed(t); break;
+            case LINEAR: {
+                int joined = 1;
+                while (joined < MOST_JOINED && i + joined < count && instructions[i + joined].operation == LINEAR &&
+                       instructions[i + joined].value[0])
+                    ++joined;
+                if (t[2].type == BF16) linears<uint16_t>(&in, joined);
+                else linears<float>(&in, joined);
+                i += joined - 1;
+                break;
+            }
             case PRODUCT: product(t); break;
             case WRITE_CACHE: {
                 const Group& group = groups[in.value[0]];

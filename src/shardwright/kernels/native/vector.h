@@ -63,6 +63,7 @@ inline Vector load(const uint16_t* p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
 inline void put(Vector v, float* p) { _mm512_storeu_ps(p, v); }
+inline Vector plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 
@@ -86,6 +87,7 @@ inline Vector load(const uint16_t* p) {
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
 inline void put(Vector v, float* p) { _mm256_storeu_ps(p, v); }
+inline Vector plus(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float sum(Vector v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -108,6 +110,7 @@ inline Vector splat(float value) { return value; }
 inline Vector load(const float* p) { return *p; }
 inline Vector load(const uint16_t* p) { return widen(*p); }
 inline void put(Vector v, float* p) { *p = v; }
+inline Vector plus(Vector a, Vector b) { return a + b; }
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 inline float sum(Vector v) { return v; }
 template <typename T>

@@ -1,0 +1,150 @@
+// Products with packed weights, bfloat16 or float32, for any number of tokens. A weight [outer, inner] is kept as panels of PANEL output
+// features, each [inner, PANEL]: it is read once and in order, a vector of features at a time, and every input feature is spread over a
+// vector. So sums need no adding up across lanes, and stay in registers over the whole of a panel. Sums are float32.
+// The layout is that of BLIS (Van Zee and van de Geijn, 2015). Included by what offers it; see kernels/packed_linear.py for shapes.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;
+constexpr int TILE = LANES == 16 ? 12 : 6;      // tokens at once: as many sums as fill the registers
+constexpr int64_t AHEAD = 1024;                 // bytes between what is read and what is fetched
+constexpr int64_t BLOCK_BYTES = 256 << 10;      // of inputs that stay in the cache while panels go by
+
+// Where feature i of a panel lies in its row: so that load_two gives features 0 to LANES - 1 first.
+inline int64_t lane_of(const float*, int64_t i) { return i; }
+inline int64_t lane_of(const uint16_t*, int64_t i) { return i < LANES ? 2 * i : 2 * (i - LANES) + 1; }
+
+// One panel: `count` features of `inner` numbers; the rest of the panel is 0.
+template <typename W>
+void pack_panel(const W* weight, int64_t outer_stride, int64_t inner_stride, int64_t count, int64_t inner, W* panel) {
+    if (count < PANEL) std::fill(panel, panel + inner * PANEL, W(0));
+    constexpr int64_t RUN = 32;  // inner features at once: few enough for their rows to stay in the cache
+    for (int64_t start = 0; start < inner; start += RUN) {
+        const int64_t end = std::min(start + RUN, inner);
+        for (int64_t i = 0; i < count; ++i) {
+            const W* from = weight + i * outer_stride;
+            W* to = panel + lane_of(weight, i);
+            for (int64_t k = start; k < end; ++k) to[k * PANEL] = from[k * inner_stride];
+        }
+    }
+}
+
+// T tokens [inner, T] by a panel, to sums [T, PANEL]. CHAINS sums for each hide latency where there are few. Never inlined: among other code
+// the compiler runs out of registers.
+template <int T, int CHAINS, typename W>
+__attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t inner, float* out) {
+    Vector sums[CHAINS][T][2];
+    for (int c = 0; c < CHAINS; ++c)
+        for (int t = 0; t < T; ++t) sums[c][t][0] = sums[c][t][1] = splat(0.0f);
+    const auto step = [&](int c) __attribute__((always_inline)) {
+        Vector first, second;
+        load_two(weight, first, second);
+        __builtin_prefetch(reinterpret_cast<const char*>(weight) + AHEAD);
+        for (int t = 0; t < T; ++t) {
+            const Vector x = splat(input[t]);
+            sums[c][t][0] = fma(first, x, sums[c][t][0]);
+            sums[c][t][1] = fma(second, x, sums[c][t][1]);
+        }
+        weight += PANEL;
+        input += T;
+    };
+    int64_t k = 0;
+    for (; k + CHAINS <= inner; k += CHAINS)
+        for (int c = 0; c < CHAINS; ++c) step(c);
+    for (; k < inner; ++k) step(0);
+    for (int t = 0; t < T; ++t)
+        for (int half = 0; half < 2; ++half) {
+            Vector total = sums[0][t][half];
+            for (int c = 1; c < CHAINS; ++c) total = plus(total, sums[c][t][half]);
+            put(total, out + t * PANEL + half * LANES);
+        }
+}
+
+template <typename W>
+void multiply_tile(int64_t tokens, const W* weight, const float* input, int64_t inner, float* out) {
+    switch (tokens) {
+        case 1: return multiply_tile<1, 4>(weight, input, inner, out);
+        case 2: return multiply_tile<2, 2>(weight, input, inner, out);
+        case 3: return multiply_tile<3, 2>(weight, input, inner, out);
+        case 4: return multiply_tile<4, 1>(weight, input, inner, out);
+        case 5: return multiply_tile<5, 1>(weight, input, inner, out);
+        case 6: return multiply_tile<6, 1>(weight, input, inner, out);
+        case 7: return multiply_tile<7, 1>(weight, input, inner, out);
+        case 8: return multiply_tile<8, 1>(weight, input, inner, out);
+        case 9: return multiply_tile<9, 1>(weight, input, inner, out);
+        case 10: return multiply_tile<10, 1>(weight, input, inner, out);
+        case 11: return multiply_tile<11, 1>(weight, input, inner, out);
+        default: return multiply_tile<12, 1>(weight, input, inner, out);
+    }
+}
+
+// Tokens cut into tiles as evenly as can be.
+struct Tiles {
+    int64_t tokens, count;
+    explicit Tiles(int64_t tokens) : tokens(tokens), count((tokens + TILE - 1) / TILE) {}
+    int64_t start(int64_t tile) const { return tokens * tile / count; }
+};
+
+// Tokens in the order in which tiles read them: each tile [inner, its tokens]. read(token, row) brings one token's features.
+template <typename Read>
+const float* arrange(const Tiles& tiles, int64_t inner, Read read) {
+    thread_local std::vector<float> arranged;
+    arranged.resize(tiles.tokens * inner);
+    float* const all = arranged.data();
+#pragma omp parallel for schedule(static) if (tiles.count > 1)
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        thread_local std::vector<float> row;
+        row.resize(inner);
+        const int64_t first = tiles.start(tile), count = tiles.start(tile + 1) - first;
+        for (int64_t t = 0; t < count; ++t) {
+            read(first + t, row.data());
+            float* to = all + first * inner + t;
+            for (int64_t k = 0; k < inner; ++k) to[k * count] = row[k];
+        }
+    }
+    return all;
+}
+
+// One weight, and where its products go.
+template <typename W>
+struct Product {
+    const W* weight;
+    int64_t outer;
+};
+
+// Products of the same tokens with several weights, cut among threads as one. emit(product, token, first feature, count, sums) takes what
+// comes out: `count` neighbouring features of one token, in a row that it may change.
+template <typename W, typename Emit>
+void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const Product<W>* products, int num_products, Emit emit) {
+    int64_t panels = 0;
+    for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
+    const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / std::max<int64_t>(inner * TILE * 4, 1));  // tiles
+    const int64_t blocks = (tiles.count + block - 1) / block;
+#pragma omp parallel
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first_tile = b * block, last_tile = std::min(first_tile + block, tiles.count);
+#pragma omp for schedule(static) nowait
+        for (int64_t place = 0; place < panels; ++place) {
+            int64_t panel = place;
+            int number = 0;
+            for (int64_t own; panel >= (own = (products[number].outer + PANEL - 1) / PANEL); ++number) panel -= own;
+            const Product<W>& product = products[number];
+            const int64_t feature = panel * PANEL, count = std::min<int64_t>(PANEL, product.outer - feature);
+            alignas(64) float sums[TILE * PANEL];
+            for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+                const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
+                multiply_tile(tokens, product.weight + panel * inner * PANEL, arranged + first * inner, inner, sums);
+                for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
+            }
+        }
+    }
+}
+
+}  // namespace

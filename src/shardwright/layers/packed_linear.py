@@ -1,0 +1,88 @@
+"""Linears on the CPU that multiply with packed weights (kernels/packed_linear.py).
+
+The weight as it was stays where it is, for code that looks at it; of a checkpoint that is mapped from its file it takes
+no memory that others could not have.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardwright.kernels.huge_pages import empty_in_huge_pages
+from shardwright.kernels.packed_linear import PACKED_TYPES, pack_weight, packed_elements, packed_linear
+from shardwright.layers.parallel import PARALLEL_LINEARS, combined
+from shardwright.layers.upcast_linear import has_fast_half_products
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.5
+"""Of the memory available that packed weights may take."""
+FEW_TOKENS = 16
+"""On CPUs with half-precision matrix products: up to so many tokens reading the weight is what takes time."""
+ALIGNMENT = 64
+
+
+class PackedLinear(nn.Linear):
+    """nn.Linear with a packed weight beside its own."""
+
+    packed: Tensor
+    wide_bias: Tensor | None
+    """In float32."""
+    packed_version: int
+    """Of the weight, when it was packed."""
+    most_tokens: int | None
+    """More are left to torch; None: none are."""
+
+    def pack(self) -> None:
+        """Take the weight and bias as they are now."""
+        pack_weight(self.weight, self.packed)
+        self.wide_bias = None if self.bias is None else self.bias.detach().float()
+        self.packed_version = _version(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], dtype of the input."""
+        if _version(self.weight) != self.packed_version:  # RWKV's code scales its weights when it is first run
+            self.pack()
+        if self.most_tokens is not None and input.numel() > self.most_tokens * self.in_features:
+            return F.linear(input, self.weight, self.bias)
+        rows = input.reshape(math.prod(input.shape[:-1]), self.in_features)
+        output = packed_linear(rows, self.packed, self.wide_bias, self.out_features)
+        return output.view(*input.shape[:-1], self.out_features)
+
+
+def pack_linears(module: nn.Module) -> int:
+    """Turn the plain linears of a module on the CPU into PackedLinear, in place. Returns how many.
+
+    Subclasses but our own are left alone: their forward may do something else. So are all, with a warning, if memory
+    for their packed weights is short.
+    """
+    plain = (nn.Linear, *PARALLEL_LINEARS)
+    linears: list[Any] = [m for m in module.modules() if type(m) in plain and m.weight.dtype in PACKED_TYPES]
+    sizes = [packed_elements(*m.weight.shape) * PACKED_TYPES[m.weight.dtype].itemsize for m in linears]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+    if starts[-1] > MEMORY_SHARE * psutil.virtual_memory().available:
+        logger.warning("weights are not packed, which makes steps slower: it takes %.1f GiB", starts[-1] / 2**30)
+        return 0
+    memory = empty_in_huge_pages(starts[-1])
+    for linear, start, size in zip(linears, starts, sizes, strict=False):
+        is_half = linear.weight.dtype is not torch.float32
+        linear.__class__ = PackedLinear if type(linear) is nn.Linear else combined((type(linear), PackedLinear))
+        assert isinstance(linear, PackedLinear)
+        linear.packed = memory[start : start + size].view(PACKED_TYPES[linear.weight.dtype])
+        linear.pack()
+        linear.most_tokens = FEW_TOKENS if is_half and has_fast_half_products() else None
+    return len(linears)
+
+
+def _version(weight: Tensor) -> int:
+    """Grows when a weight is changed in place; tensors made in inference mode do not tell."""
+    return 0 if weight.is_inference() else weight._version

@@ -1,0 +1,94 @@
+"""Linears with packed weights: same parameters, results of float32 products rounded once."""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shardwright.layers import packed_linear
+from shardwright.layers.cpu_linears import replace_linears
+from shardwright.layers.packed_linear import PackedLinear, pack_linears
+from shardwright.layers.upcast_linear import UpcastLinear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_module(dtype: torch.dtype) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 7, bias=False)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9,), (1, 9), (2, 3, 9), (0, 9)])
+def test_results_are_those_of_float32_rounded(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    module = make_module(dtype)
+    x = torch.linspace(-2, 2, 54)[: torch.Size(shape).numel()].view(shape).to(dtype)
+    wide = F.linear(x.float(), module[0].weight.float(), module[0].bias.float()).to(dtype)
+    expected = F.linear(wide.relu().float(), module[2].weight.float()).to(dtype)
+    assert pack_linears(module) == 2
+    with torch.inference_mode():
+        actual = module(x)
+    assert actual.dtype is dtype
+    torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_parameters_and_names_stay() -> None:
+    module = make_module(torch.bfloat16)
+    before = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    pack_linears(module)
+    assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == before
+    assert all(type(linear) is PackedLinear for linear in (module[0], module[2]))
+
+
+def test_a_weight_that_is_changed_in_place_is_packed_again() -> None:
+    module = make_module(torch.float32)
+    pack_linears(module)
+    with torch.inference_mode():
+        before = module(torch.ones(9))
+        module[2].weight.mul_(2)
+        torch.testing.assert_close(module(torch.ones(9)), 2 * before)
+
+
+def test_subclasses_and_whole_numbers_are_left_alone() -> None:
+    class Own(nn.Linear):
+        """Does something else in its forward, for all we know."""
+
+    numbers = nn.Linear(4, 4)
+    numbers.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    module = nn.Sequential(Own(4, 4), numbers)
+    assert pack_linears(module) == 0
+    assert [type(linear) for linear in module] == [Own, nn.Linear]
+
+
+def test_many_tokens_are_left_to_torch_where_it_is_told_so() -> None:
+    module = make_module(torch.float32)
+    pack_linears(module)
+    for linear in (module[0], module[2]):
+        linear.most_tokens = 4
+        linear.packed.zero_()
+    with torch.inference_mode():
+        assert module(torch.ones(4, 9)).count_nonzero() == 0
+        assert module(torch.ones(5, 9)).count_nonzero() > 0
+
+
+def test_without_memory_linears_are_widened(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(packed_linear, "MEMORY_SHARE", 1e-9)
+    assert psutil.virtual_memory().available * 1e-9 < 1000
+    module = make_module(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        replace_linears(module)
+    assert [record.message.split(",")[0] for record in caplog.records] == ["weights are not packed"]
+    assert isinstance(module[0], UpcastLinear)
+
+
+def test_without_a_compiler_linears_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardwright.layers.cpu_linears.is_available", lambda: False)
+    module = make_module(torch.bfloat16)
+    replace_linears(module)
+    assert isinstance(module[0], UpcastLinear)
