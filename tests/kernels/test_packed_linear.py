@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.kernels import jit
+from shardwright.kernels import packed_linear as kernel
 from shardwright.kernels.packed_linear import (
     is_available,
     pack_weight,
@@ -99,3 +103,27 @@ def test_without_a_compiler_there_is_one_warning_and_no_kernel(
         ]
     finally:
         jit.native_library.cache_clear()
+
+
+@pytest.fixture
+def plain_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Kernels are compiled for a processor of which nothing is known."""
+    flags = tuple(flag for flag in jit.FLAGS if not flag.startswith("-march"))
+    monkeypatch.setattr(jit, "FLAGS", flags)
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path))
+    caches = (jit.native_library, kernel._panel_features)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("plain_processor")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inner", "outer"), [(1, 5, 3), (4, 33, 20), (13, 64, 37)])
+def test_other_processors_compute_the_same(dtype: torch.dtype, tokens: int, inner: int, outer: int) -> None:
+    weight, x = torch.randn(outer, inner).to(dtype), torch.randn(tokens, inner).to(dtype)
+    actual = packed_linear(x, pack_weight(weight), None, outer)
+    expected = packed_linear_reference(x, weight, None)
+    torch.testing.assert_close(actual, expected, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-4)

@@ -172,7 +172,7 @@ class BatchedBackend:
     ) -> list[DecodePiece]:
         """Gather plans of decodes, each over contexts of at most about twice the shortest's length."""
         positions = layout.num_computed[sequences]
-        first_visible = np.array([visibility.first_visible(p) for p in positions.tolist()], dtype=np.int64)
+        first_visible = visibility.first_visible_of(positions)
         first_block = first_visible // self.block_size
         num_blocks = positions // self.block_size + 1 - first_block
         order = np.argsort(num_blocks, kind="stable")
@@ -206,7 +206,7 @@ class BatchedBackend:
         places = np.arange(origin, context)
         mask = places <= queries[:, None]
         if not sees_all:
-            mask &= places >= np.array([visibility.first_visible(p) for p in queries.tolist()])[:, None]
+            mask &= places >= visibility.first_visible_of(queries)[:, None]
         if start == 0:
             return PromptPiece(first, last, None, length, self._tensor(mask))
         blocks = block_tables[i, origin // self.block_size : -(-context // self.block_size)]

@@ -1,8 +1,9 @@
-"""Paged attention on a CPU: decodes by the native kernel, prompts by torch."""
+"""Paged attention on a CPU by the native kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,28 +15,54 @@ from shardwright.attention.kv_cache import LayerCache
 from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
-from shardwright.kernels.attention import is_available, paged_decode
+from shardwright.kernels.attention import is_available, paged_attention
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NativePlan:
-    """Decodes and prompts of one step and cache group."""
+    """The sequences of one step and cache group, and the positions that their tokens see."""
 
-    tokens: Tensor | None
-    """[S] int64: where the decodes' queries stand in the step; None: the step is all decodes, in order."""
+    starts: npt.NDArray[np.int64]
+    """[S + 1]: tokens of each sequence."""
     tables: npt.NDArray[np.int32]
-    """[S, max blocks], of the decodes."""
+    """[S, max blocks]."""
     first: npt.NDArray[np.int64]
     last: npt.NDArray[np.int64]
-    """[S]: positions that each decode sees."""
-    prompts: BatchedPlan
+    """[T]."""
+    latents: _LatentPlan
+
+
+@dataclass(frozen=True)
+class _LatentPlan:
+    """What layers that cache latents need besides."""
+
+    batched: BatchedBackend
+    layout: StepLayout
+    block_tables: npt.NDArray[np.int32]
+    visibility: Visibility
+
+    @cached_property
+    def is_decode(self) -> npt.NDArray[np.bool_]:
+        """[S]."""
+        return (self.layout.num_tokens == 1) & (self.layout.num_computed > 0)
+
+    @cached_property
+    def decodes(self) -> Tensor:
+        """[S] int64: where the decodes' queries stand in the step."""
+        return torch.from_numpy(self.layout.query_starts[:-1][self.is_decode])
+
+    @cached_property
+    def prompts(self) -> BatchedPlan:
+        """Of the other sequences."""
+        prompts = np.flatnonzero(~self.is_decode)
+        return self.batched.prepare_prompts(self.layout, prompts, self.block_tables, self.visibility)
 
 
 class NativeBackend:
     """Implements AttentionBackend.
 
     Args:
-        batched: computes the prompts.
+        batched: computes the prompts of layers that cache latents.
     """
 
     def __init__(self, batched: BatchedBackend) -> None:
@@ -44,15 +71,14 @@ class NativeBackend:
         self._batched = batched
 
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> NativePlan:
-        is_decode = (layout.num_tokens == 1) & (layout.num_computed > 0)
-        decodes = np.flatnonzero(is_decode)
-        last = layout.num_computed[decodes]
+        offsets = layout.num_computed - layout.query_starts[:-1]
+        last = np.arange(layout.query_starts[-1]) + np.repeat(offsets, layout.num_tokens)
         return NativePlan(
-            tokens=None if is_decode.all() else torch.from_numpy(layout.query_starts[:-1][decodes]),
-            tables=np.ascontiguousarray(block_tables[decodes]),
-            first=np.array([visibility.first_visible(p) for p in last.tolist()], dtype=np.int64),
+            starts=np.ascontiguousarray(layout.query_starts, dtype=np.int64),
+            tables=np.ascontiguousarray(block_tables),
+            first=visibility.first_visible_of(last),
             last=last,
-            prompts=self._batched.prepare_prompts(layout, np.flatnonzero(~is_decode), block_tables, visibility),
+            latents=_LatentPlan(self._batched, layout, block_tables, visibility),
         )
 
     def forward(
@@ -64,12 +90,7 @@ class NativeBackend:
         plan: NativePlan,
         params: AttentionParams,
     ) -> Tensor:
-        if plan.tokens is None:
-            return self._decode(query_THD, cache, plan, params)
-        output = self._batched.forward(query_THD, key_TKD, value_TKV, cache, plan.prompts, params)
-        if len(plan.tokens):
-            output[plan.tokens] = self._decode(query_THD[plan.tokens], cache, plan, params)
-        return output
+        return self._attend(query_THD, cache, plan.starts, plan.tables, plan.first, plan.last, params)
 
     def forward_latent(
         self,
@@ -81,26 +102,43 @@ class NativeBackend:
         params: AttentionParams,
         projection: LatentProjection,
     ) -> Tensor:
+        latents = plan.latents
+        decodes, is_decode = latents.decodes, latents.is_decode
+        starts, tables = np.arange(len(decodes) + 1), plan.tables[is_decode]
+        first, last = plan.first[decodes.numpy()], plan.last[decodes.numpy()]
+
         def decode(query_SHD: Tensor) -> Tensor:
             return projection.around(
-                lambda query_SHC: self._decode(query_SHC, cache, plan, params), query_SHD, self.compute_dtype
+                lambda query_SHC: self._attend(query_SHC, cache, starts, tables, first, last, params),
+                query_SHD,
+                self.compute_dtype,
             )
 
-        if plan.tokens is None:
+        if is_decode.all():
             return decode(query_THD)
-        output = self._batched.forward_latent(query_THD, key_TKD, value_TKV, cache, plan.prompts, params, projection)
-        if len(plan.tokens):
-            output[plan.tokens] = decode(query_THD[plan.tokens])
+        output = self._batched.forward_latent(query_THD, key_TKD, value_TKV, cache, latents.prompts, params, projection)
+        if len(decodes):
+            output[decodes] = decode(query_THD[decodes])
         return output
 
-    def _decode(self, query_SHD: Tensor, cache: LayerCache, plan: NativePlan, params: AttentionParams) -> Tensor:
-        return paged_decode(
-            query_SHD,
+    def _attend(
+        self,
+        query_THD: Tensor,
+        cache: LayerCache,
+        starts: npt.NDArray[np.int64],
+        tables: npt.NDArray[np.int32],
+        first: npt.NDArray[np.int64],
+        last: npt.NDArray[np.int64],
+        params: AttentionParams,
+    ) -> Tensor:
+        return paged_attention(
+            query_THD,
             cache.keys_NKD,
             cache.values_NKV,
-            plan.tables,
-            plan.first,
-            plan.last,
+            starts,
+            tables,
+            first,
+            last,
             block_size=self.block_size,
             scale=params.scale,
             softcap=params.softcap,

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
 
+import numpy as np
+import numpy.typing as npt
+
 NULL_BLOCK = 0
 """Place in a block table without memory: never read by attention, never owned."""
 
@@ -46,6 +49,14 @@ class Visibility:
         if self.kind is VisibilityKind.CHUNKED:
             return position // self._size * self._size
         return 0
+
+    def first_visible_of(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`first_visible` of each of several positions."""
+        if self.kind is VisibilityKind.SLIDING:
+            return np.maximum(positions - self._size + 1, 0)
+        if self.kind is VisibilityKind.CHUNKED:
+            return positions // self._size * self._size
+        return np.zeros_like(positions)
 
     @property
     def _size(self) -> int:

@@ -1,5 +1,8 @@
-"""Decode attention over the paged cache, natively: nothing is gathered, keys and values are read once where they
-lie.
+"""Attention over the paged cache, natively: nothing is gathered, and query heads share what they read.
+
+One query of a sequence reads keys and values where they lie. For several, those of the context are packed as weights
+are (native/packed.h) and multiplied at the rate of the cores; scores of positions that nobody sees are not computed,
+but for the rest of a panel.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ def is_available(dtype: torch.dtype) -> bool:
     return dtype in _TYPES and native_library("attention") is not None
 
 
-def paged_decode(
-    query_SHD: Tensor,
+def paged_attention(
+    query_THD: Tensor,
     keys_NKD: Tensor,
     values_NKV: Tensor,
+    starts: npt.NDArray[np.int64],
     tables: npt.NDArray[np.int32],
     first: npt.NDArray[np.int64],
     last: npt.NDArray[np.int64],
@@ -35,30 +39,31 @@ def paged_decode(
     sinks_H: Tensor | None,
     bias_HN: Tensor | None,
 ) -> Tensor:
-    """Attention of one query per sequence.
+    """Attention of the queries of a step.
 
     Args:
-        query_SHD: [S, H, D] float32 or bfloat16, on the CPU; H is a multiple of K.
+        query_THD: [T, H, D] float32 or bfloat16, on the CPU; H is a multiple of K.
         keys_NKD: [num_slots, K, D], same type; rows of one token contiguous.
         values_NKV: [num_slots, K, V], same type; rows of one token contiguous.
+        starts: [S + 1]: sequence i has queries starts[i] to starts[i + 1], which follow each other in it.
         tables: [S, max blocks], contiguous rows: block of positions i * block_size and on.
-        first, last: [S], positions that each query sees, both included.
+        first, last: [T], positions that each query sees, both included; the last is its own.
         block_size: tokens per block.
         scale, softcap, sinks_H, bias_HN: as attention.layout.AttentionParams has them.
 
-    Returns: [S, H, V], type of the query. Its reference is attention/reference.py.
+    Returns: [T, H, V], type of the query. Its reference is attention/reference.py.
     """
     library = native_library("attention")
     assert library is not None, "ask is_available first"
-    num_sequences, num_heads, key_dim = query_SHD.shape
+    num_queries, num_heads, key_dim = query_THD.shape
     num_kv_heads, value_dim = values_NKV.shape[1:]
-    query_SHD = query_SHD.contiguous()
+    query_THD = query_THD.contiguous()
     sinks = None if sinks_H is None else sinks_H.float().contiguous()
     bias = None if bias_HN is None else bias_HN.float().contiguous()
-    output = query_SHD.new_empty(num_sequences, num_heads, value_dim)
-    library.paged_decode(
-        ctypes.c_int(query_SHD.dtype is torch.bfloat16),
-        ctypes.c_int64(num_sequences),
+    output = query_THD.new_empty(num_queries, num_heads, value_dim)
+    library.paged_attention(
+        ctypes.c_int(query_THD.dtype is torch.bfloat16),
+        ctypes.c_int64(len(starts) - 1),
         ctypes.c_int64(num_kv_heads),
         ctypes.c_int64(num_heads // num_kv_heads),
         ctypes.c_int64(key_dim),
@@ -68,9 +73,10 @@ def paged_decode(
         ctypes.c_int64(values_NKV.stride(0)),
         ctypes.c_float(scale),
         ctypes.c_float(softcap or 0.0),
-        ctypes.c_void_p(query_SHD.data_ptr()),
+        ctypes.c_void_p(query_THD.data_ptr()),
         ctypes.c_void_p(keys_NKD.data_ptr()),
         ctypes.c_void_p(values_NKV.data_ptr()),
+        ctypes.c_void_p(starts.ctypes.data),
         ctypes.c_void_p(tables.ctypes.data),
         ctypes.c_int64(tables.strides[0] // 4),
         ctypes.c_void_p(first.ctypes.data),

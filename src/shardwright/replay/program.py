@@ -27,6 +27,8 @@ from shardwright.replay.trace import Attend, WriteCache, mapped
 
 LISTS_KEPT = 4
 """Numbers of tokens for which the list of instructions is kept."""
+_GROUP_FIELDS = 7
+"""Of a Group in native/replay.cpp."""
 
 
 class OutOfRangeError(Exception):
@@ -80,7 +82,7 @@ class Program:
         self._view = lru_cache(None)(self._make_view)
         self._bound = lru_cache(None)(self._bind_call)
         self._group_of_layer: list[int] = []
-        self._groups: npt.NDArray[np.int64] = np.zeros((0, 5), dtype=np.int64)
+        self._groups: npt.NDArray[np.int64] = np.zeros((0, _GROUP_FIELDS), dtype=np.int64)
 
     def bind(self, cache: KVCache) -> None:
         """Let the program read and write a cache."""
@@ -93,7 +95,7 @@ class Program:
             values[3], values[4] = layer.keys_NKD.stride(0), layer.values_NKV.stride(0)
             values[5], values[6] = layer.block_size, layer.keys_NKD.shape[1]
         self._list.cache_clear()
-        self._groups = np.zeros((max(cache.group_of_layer, default=-1) + 1, 5), dtype=np.int64)
+        self._groups = np.zeros((max(cache.group_of_layer, default=-1) + 1, _GROUP_FIELDS), dtype=np.int64)
 
     def run(self, inputs: ForwardInputs) -> Tensor:
         """Carry the step out.
@@ -114,6 +116,8 @@ class Program:
                 assert isinstance(plan, NativePlan)
                 self._groups[group] = (
                     slots.data_ptr(),
+                    len(plan.starts) - 1,
+                    plan.starts.ctypes.data,
                     plan.tables.ctypes.data,
                     plan.tables.strides[0] // plan.tables.itemsize,
                     plan.first.ctypes.data,

@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "attention.h"
 #include "packed.h"
+#include "step_attention.h"
 
 namespace {
 
@@ -43,9 +43,7 @@ struct Instruction {
 // What a step brings for each group of layers that share block tables.
 struct Group {
     const int64_t* slots;
-    const int32_t* tables;
-    int64_t table_stride;
-    const int64_t *first, *last;
+    Sequences sequences;
 };
 
 inline int64_t bytes(int64_t type) {
@@ -364,20 +362,19 @@ template <typename T>
 void attention(const Instruction& in, const Group& group) {
     thread_local std::vector<T> query, result;
     const View &out = in.tensor[0], &q = in.tensor[1];
-    const int64_t sequences = q.size[0], heads = q.size[1], dim = q.size[2], value_dim = out.size[2], kv_heads = in.value[6];
-    query.resize(sequences * heads * dim);
+    const int64_t tokens = q.size[0], heads = q.size[1], dim = q.size[2], value_dim = out.size[2], kv_heads = in.value[6];
+    query.resize(tokens * heads * dim);
     View packed = q;
     packed.data = reinterpret_cast<char*>(query.data());
     packed.stride[0] = heads * dim;
     packed.stride[1] = dim;
     packed.stride[2] = 1;
     copy(packed, q);
-    result.resize(sequences * heads * value_dim);
+    result.resize(tokens * heads * value_dim);
     const Shape shape{kv_heads, heads / kv_heads, dim, value_dim, in.value[5], in.value[3], in.value[4],
                       as_float(in.value[7]), as_float(in.value[8]), in.value[11]};
-    decode(shape, sequences, query.data(), reinterpret_cast<const T*>(in.value[1]), reinterpret_cast<const T*>(in.value[2]),
-           group.tables, group.table_stride, group.first, group.last, reinterpret_cast<const float*>(in.value[9]),
-           reinterpret_cast<const float*>(in.value[10]), result.data());
+    attend(shape, group.sequences, query.data(), reinterpret_cast<const T*>(in.value[1]), reinterpret_cast<const T*>(in.value[2]),
+           {reinterpret_cast<const float*>(in.value[9]), reinterpret_cast<const float*>(in.value[10])}, result.data());
     View from = out;
     from.data = reinterpret_cast<char*>(result.data());
     from.stride[0] = heads * value_dim;

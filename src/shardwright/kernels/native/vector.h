@@ -10,6 +10,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -53,6 +55,9 @@ inline float exponential(float x) {
     return x > 88.72284f ? INFINITY : x < -104.0f ? 0.0f : x != x ? x : result;
 }
 
+constexpr inline bool is_bfloat16(const float*) { return false; }
+constexpr inline bool is_bfloat16(const uint16_t*) { return true; }
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 using Vector = __m512;
@@ -94,6 +99,10 @@ inline float sum(Vector v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
 inline void load_two(const float* p, Vector& first, Vector& second) {
     first = load(p);
     second = load(p + LANES);
@@ -103,20 +112,42 @@ inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
     even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-#else
-constexpr int LANES = 1;
-using Vector = float;
-inline Vector splat(float value) { return value; }
-inline Vector load(const float* p) { return *p; }
-inline Vector load(const uint16_t* p) { return widen(*p); }
-inline void put(Vector v, float* p) { *p = v; }
+#else  // NEON, SSE, or whatever the compiler makes of vectors of four
+constexpr int LANES = 4;
+typedef float Vector __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+inline Vector splat(float value) { return Vector{value, value, value, value}; }
+inline Vector load(const float* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void put(Vector v, float* p) { std::memcpy(p, &v, sizeof v); }
 inline Vector plus(Vector a, Vector b) { return a + b; }
+#if defined(__aarch64__)
+inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+#else
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
-inline float sum(Vector v) { return v; }
-template <typename T>
-inline void load_two(const T* p, Vector& first, Vector& second) {
+#endif
+inline float sum(Vector v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+inline void load_two(const float* p, Vector& first, Vector& second) {
     first = load(p);
-    second = load(p + 1);
+    second = load(p + LANES);
+}
+inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
+    Bits both;
+    std::memcpy(&both, p, sizeof both);
+    even = reinterpret_cast<Vector>(both << 16);
+    odd = reinterpret_cast<Vector>(both & 0xffff0000u);
+}
+#endif
+
+#if !(defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__)
+inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
 }
 #endif
 
