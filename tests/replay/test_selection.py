@@ -1,4 +1,4 @@
-"""A step of which only some tokens' logits are wanted: the others are computed as far as to where these are taken out."""
+"""A step of which only some logits are wanted: other tokens are computed as far as to where these are taken out."""
 
 from __future__ import annotations
 
