@@ -186,6 +186,8 @@ def _parts(
 def _part(name: str, first: SeenValue, more: SeenValue, batch: SeenValue, is_given: bool) -> Part:
     if first.is_cache:
         return Part(Role.CACHE)
+    if first.number != more.number and is_given:
+        raise UnsupportedModelError(f"{name} is given a number that differs from step to step")
     if first.shape is None or more.shape is None or batch.shape is None:
         return Part(Role.ITSELF)
     if first.visibility is not None and is_given:

@@ -28,6 +28,8 @@ class SeenValue:
     visibility: Visibility | None = None
     """Of a mask that Transformers made."""
     is_cache: bool = False
+    number: float | None = None
+    """Of what is one, and no tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +110,8 @@ class CallRecorder:
 
     def _seen(self, value: Any) -> SeenValue:
         if not isinstance(value, Tensor):
-            return SeenValue(None, is_cache=isinstance(value, Cache))
+            number = float(value) if isinstance(value, (int, float)) else None
+            return SeenValue(None, is_cache=isinstance(value, Cache), number=number)
         return SeenValue(tuple(value.shape), value.dtype, self._find_mask(value))
 
 
