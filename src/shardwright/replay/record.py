@@ -120,6 +120,8 @@ class Recorder:
                 for table, group in zip(tables, groups, strict=True)
             ],
             logits_rows=torch.arange(num_tokens),
+            layout=layout,
+            block_tables=tables,
         )
 
 

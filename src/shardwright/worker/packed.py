@@ -92,6 +92,8 @@ class PackedModel:
         """
         if not isinstance(self._backend, NativeBackend):
             return f"there are no native kernels for {self._device} and {self._dtype}"
+        if isinstance(self.served, ServedModel) and self.served.own is not None:
+            return self.served.own.describe()
         recorder = Recorder(
             self.served, self._backend, num_positions=num_positions, vocab_size=vocab_size, dtype=self._dtype
         )
