@@ -86,7 +86,7 @@ def _passes(model: nn.Module, num_positions: int) -> list[CallRecorder]:
     """A prompt, tokens that go on from it, and a batch of two prompts."""
     masks = SeenMasks(num_positions)
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config") or not accepts(model, cache_argument(model)):
+    if not hasattr(config, "get_text_config") or not accepts(model, cache_argument(model), or_any=True):
         raise UnsupportedModelError("its code is not given a cache of Transformers' kind")
     text_config = config.get_text_config(decoder=True)
 
@@ -215,7 +215,7 @@ def _kept(name: str, first: SeenValue, more: SeenValue) -> TokenTensor:
         raise UnsupportedModelError(f"{name} keeps something that is no tensor of its tokens")
     changed = _changed(first.shape, more.shape)
     if len(changed) != 1 or (first.shape[changed[0]], more.shape[changed[0]]) != (NUM_PROBE_TOKENS, NUM_MORE_TOKENS):
-        raise UnsupportedModelError(f"{name} keeps something else than a row of numbers for each token")
+        raise UnsupportedModelError(f"{name} keeps no row of numbers for each token")
     assert first.dtype is not None
     return TokenTensor(first.shape, changed[0], first.dtype)
 
