@@ -51,4 +51,4 @@ def recording_of(function: Function, table: Tensor, sizes: Sequence[int] = (2, 3
 
 
 def program_of(function: Function, table: Tensor, sizes: Sequence[int] = (2, 3, 5)) -> Program:
-    return Program(recording_of(function, table, sizes), most_tokens=max(*sizes, 16))
+    return Program(recording_of(function, table, sizes), most_tokens=max(*sizes, 16), most_rows=max(*sizes, 16))

@@ -172,7 +172,7 @@ def test_attention_that_is_more_than_attention_runs_over_pages() -> None:
     assert model.rung_reason == "2 layers run their own attention over pages, a request at a time"
     assert model.takes_chunks
     assert model.reuses_prefixes
-    assert model.record(num_positions=256, vocab_size=128) is not None
+    assert model.record(num_positions=256, vocab_size=128, most_tokens=64, most_rows=64) is not None
 
 
 def test_models_that_cannot_be_packed_keep_their_own_cache() -> None:

@@ -44,7 +44,8 @@ class _LatentPlan:
     @cached_property
     def is_decode(self) -> npt.NDArray[np.bool_]:
         """[S]."""
-        return (self.layout.num_tokens == 1) & (self.layout.num_computed > 0)
+        is_decode: npt.NDArray[np.bool_] = (self.layout.num_tokens == 1) & (self.layout.num_computed > 0)
+        return is_decode
 
     @cached_property
     def decodes(self) -> Tensor:

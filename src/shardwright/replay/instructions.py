@@ -111,6 +111,11 @@ def encode(
     return base, slope
 
 
+def fields_of_tensors(instruction: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The tensors of an encoded instruction: [MOST_TENSORS, TENSOR_WIDTH], a view."""
+    return instruction[1 + MOST_VALUES :].reshape(MOST_TENSORS, TENSOR_WIDTH)
+
+
 def _fields(place: Place, address: int) -> list[Affine]:
     dims = len(place.sizes)
     if dims > MOST_DIMS:

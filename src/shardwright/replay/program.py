@@ -20,13 +20,24 @@ from shardwright.kernels.jit import native_library
 from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
 from shardwright.replay.arena import plan_arena
 from shardwright.replay.fold import folded
-from shardwright.replay.instructions import FLOATS, MOST_VALUES, Instruction, Operation, bits_of, encode
+from shardwright.replay.instructions import (
+    FLOATS,
+    MOST_VALUES,
+    Instruction,
+    Operation,
+    bits_of,
+    encode,
+    fields_of_tensors,
+)
 from shardwright.replay.join import gathered, joined
 from shardwright.replay.lower import Lowering
+from shardwright.replay.selection import find_selection
 from shardwright.replay.trace import Attend, WriteCache, mapped
 
 LISTS_KEPT = 4
 """Numbers of tokens for which the list of instructions is kept."""
+MOST_BYTES = 1 << 29
+"""Of memory for what a step computes, if smaller steps do with less."""
 _GROUP_FIELDS = 7
 """Of a Group in native/replay.cpp."""
 
@@ -47,16 +58,20 @@ class _CacheUse:
 
 
 class Program:
-    """A step of one token for each of T sequences.
+    """A step of T tokens, of which R are the ones whose logits are wanted.
+
+    What is recorded is a step with as many of one as of the other. Where the code takes the wanted tokens out once,
+    which is before its head, all that comes before is a function of T, and all after of R.
 
     Args:
         recording: of the step.
-        most_tokens: largest T it is to be carried out for.
+        most_tokens: largest T that it is to be carried out for; less if that takes too much memory.
+        most_rows: largest R.
 
     Raises: UnsupportedModelError if it asks for something that cannot be repeated.
     """
 
-    def __init__(self, recording: Recording, *, most_tokens: int) -> None:
+    def __init__(self, recording: Recording, *, most_tokens: int, most_rows: int) -> None:
         library = native_library("replay")
         if library is None:
             raise UnsupportedModelError("there is no C++ compiler")
@@ -68,7 +83,15 @@ class Program:
         self._host: dict[int, Call] = {}
         instructions = self._lowered()
         self.num_host_calls = len(self._host)
-        self._offsets, size = self._placed(instructions, most_tokens)
+        uses = self._used(instructions)
+        self._selection = find_selection(instructions, uses, recording)
+        if self._selection is None:
+            most_tokens = most_rows = min(most_tokens, most_rows)
+        self._offsets, size = self._placed(uses, most_tokens, most_rows)
+        while size > MOST_BYTES and most_tokens > most_rows:
+            most_tokens = max(most_tokens // 2, most_rows)
+            self._offsets, size = self._placed(uses, most_tokens, most_rows)
+        self._most_tokens, self._most_rows = most_tokens, most_rows
         self._arena = torch.zeros(size, dtype=torch.uint8)
         start = self._arena.data_ptr()
         addresses = [
@@ -97,16 +120,21 @@ class Program:
         self._list.cache_clear()
         self._groups = np.zeros((max(cache.group_of_layer, default=-1) + 1, _GROUP_FIELDS), dtype=np.int64)
 
+    def takes(self, num_tokens: int, num_rows: int) -> bool:
+        """Whether it can carry out a step of so many tokens, of which so many logits are wanted."""
+        is_known = self._selection is not None or num_tokens == num_rows
+        return is_known and num_tokens <= self._most_tokens and num_rows <= self._most_rows
+
     def run(self, inputs: ForwardInputs) -> Tensor:
         """Carry the step out.
 
         Args:
-            inputs: one token for each of T sequences, whose plans are NativePlan.
+            inputs: of a step that it takes, its plans NativePlan.
 
-        Returns: [T, vocab_size] logits, to be read before the next step.
+        Returns: [R, vocab_size] logits, to be read before the next step.
         Raises: OutOfRangeError if some index is.
         """
-        num_tokens = len(inputs.input_ids)
+        num_tokens, num_rows = len(inputs.input_ids), len(inputs.logits_rows)
         for name, number in self._recording.inputs.items():
             if number in self._offsets:
                 value: Tensor = getattr(inputs, name)
@@ -123,7 +151,7 @@ class Program:
                     plan.first.ctypes.data,
                     plan.last.ctypes.data,
                 )
-        instructions = self._list(num_tokens)
+        instructions = self._list(num_tokens, num_rows)
         count, done = len(instructions), 0
         while True:
             done = self._replay(
@@ -133,10 +161,11 @@ class Program:
                 ctypes.c_void_p(self._groups.ctypes.data),
             )
             if done == count:
-                return self._view(self._recording.output, num_tokens)
+                return self._view(self._recording.output, num_rows)
             if done < 0:
                 raise OutOfRangeError
-            self._bound(done, num_tokens)()
+            is_of_rows = self._selection is not None and done > self._selection
+            self._bound(done, num_rows if is_of_rows else num_tokens)()
             done += 1
 
     def _lowered(self) -> list[Instruction]:
@@ -169,7 +198,8 @@ class Program:
         values[10], values[11] = (0, 0) if bias is None else (bias.data_ptr(), bias.shape[1])
         return Instruction(Operation.ATTENTION, (call.output, *call.args), tuple(values))
 
-    def _placed(self, instructions: list[Instruction], most_tokens: int) -> tuple[dict[int, int], int]:
+    def _used(self, instructions: list[Instruction]) -> list[frozenset[int]]:
+        """Storages that each instruction reads or writes."""
         uses = []
         for row, instruction in enumerate(instructions):
             places = [place for place in instruction.tensors if place is not None]
@@ -177,17 +207,27 @@ class Program:
                 call = self._host[row]
                 places += tensors_in((call.args, call.kwargs, call.output), Place)
             uses.append(frozenset(place.storage for place in places))
+        return uses
+
+    def _placed(self, uses: list[frozenset[int]], most_tokens: int, most_rows: int) -> tuple[dict[int, int], int]:
         ends = frozenset({self._recording.output.storage})
         starts = frozenset(self._recording.inputs.values())
+        of_tokens = starts.union(*uses[: self._selection])
         sizes = {
-            number: size.at(most_tokens)
+            number: size.at(most_tokens if number in of_tokens else most_rows)
             for number, size in enumerate(self._recording.storage_bytes)
             if number not in self._recording.constants
         }
         return plan_arena(sizes, [starts, *uses, ends])
 
-    def _make_list(self, num_tokens: int) -> npt.NDArray[np.int64]:
-        return self._base + num_tokens * self._slope
+    def _make_list(self, num_tokens: int, num_rows: int) -> npt.NDArray[np.int64]:
+        made = self._base + num_tokens * self._slope
+        if self._selection is not None and num_rows != num_tokens:
+            of_rows = self._base[self._selection :] + num_rows * self._slope[self._selection :]
+            taken_from = fields_of_tensors(made[self._selection])[1].copy()
+            made[self._selection :] = of_rows
+            fields_of_tensors(made[self._selection])[1] = taken_from
+        return made
 
     def _bytes(self, number: int, size: int) -> Tensor:
         start = self._offsets[number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,12 +23,12 @@ from shardwright.replay.trace import Trace, TracedBackend, TracedCache, TraceMod
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = 64
-"""Larger steps are busy with products that PyTorch does as well."""
 SIZES = (2, 3, 5)
 """Steps that are compared."""
 CHECKED = (1, 4, 7)
-"""Steps for which logits are compared; one token alone is what code may treat in a way of its own."""
+"""Decodes of steps for which logits are compared; one token alone is what code may treat in a way of its own."""
+CHECKED_PROMPT = 5
+"""Tokens of a prompt for which they are, as many as fit in a block."""
 MOST_POSITIONS = 2048
 """Of recorded steps."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -43,6 +44,7 @@ class Recorder:
         num_positions: longest sequence.
         vocab_size: number of token ids.
         dtype: of keys and values.
+        most_tokens, most_rows: of a step, and of those whose logits are wanted.
     """
 
     def __init__(
@@ -53,34 +55,41 @@ class Recorder:
         num_positions: int,
         vocab_size: int,
         dtype: torch.dtype,
+        most_tokens: int,
+        most_rows: int,
     ) -> None:
         self._served = served
         self._backend = backend
         self._num_positions = min(num_positions, MOST_POSITIONS)
         self._vocab_size = vocab_size
         self._dtype = dtype
+        self._most_tokens, self._most_rows = most_tokens, most_rows
         self._generator = np.random.default_rng(0)
         self._cache = KVCache(
             served.layers,
             served.groups,
-            num_blocks=2 * len(served.groups),
+            num_blocks=(max(CHECKED) + 1) * len(served.groups),
             block_size=backend.block_size,
             dtype=dtype,
             device=torch.device("cpu"),
         )
 
     def program(self) -> Program:
-        """All decode steps up to MOST_TOKENS.
+        """All steps of decodes, and of prompts where that can be.
 
         Raises: UnsupportedModelError if some step cannot be repeated, with the reason.
         """
         self._plain(self._inputs(2))  # what code makes once and keeps is made
         traces = [self._trace(count) for count in SIZES]
-        program = Program(common_recording(traces), most_tokens=MOST_TOKENS)
+        recording = common_recording(traces)
+        program = Program(recording, most_tokens=self._most_tokens, most_rows=self._most_rows)
         del traces
         program.bind(self._cache)
-        for count in CHECKED:
-            inputs = self._inputs(count)
+        steps = [self._inputs(count) for count in CHECKED if count <= self._most_rows]
+        prompt = self._prompt(min(CHECKED_PROMPT, self._backend.block_size, self._most_tokens))
+        if program.takes(len(prompt.input_ids), len(prompt.logits_rows)):
+            steps.append(prompt)
+        for inputs in steps:
             expected = self._plain(inputs).float()
             actual = program.run(inputs).float()
             difference = float((expected - actual).square().mean().sqrt() / expected.std().clamp_min(1e-6))
@@ -103,14 +112,30 @@ class Recorder:
         return mode.trace
 
     def _inputs(self, num_tokens: int) -> ForwardInputs:
-        """Random tokens at random positions; all blocks of a sequence are the same one."""
-        block_size, groups = self._backend.block_size, self._served.groups
+        """Random tokens of as many sequences at random positions."""
         positions = self._generator.integers(1, self._num_positions, num_tokens)
-        ones = np.ones(num_tokens, dtype=np.int64)
-        layout = StepLayout(positions, ones, np.arange(num_tokens + 1))
-        blocks = -(-self._num_positions // block_size)
-        tables = [np.full((num_tokens, blocks), 1 + group, dtype=np.int32) for group in range(len(groups))]
-        slots = [torch.from_numpy(table[:, 0] * block_size + positions % block_size) for table in tables]
+        layout = StepLayout(positions, np.ones(num_tokens, dtype=np.int64), np.arange(num_tokens + 1))
+        return self._step(layout, positions, np.arange(num_tokens))
+
+    def _prompt(self, num_tokens: int) -> ForwardInputs:
+        """Random tokens of one sequence that begins."""
+        layout = StepLayout(np.array([0]), np.array([num_tokens]), np.array([0, num_tokens]))
+        return self._step(layout, np.arange(num_tokens), np.array([num_tokens - 1]))
+
+    def _step(
+        self, layout: StepLayout, positions: npt.NDArray[np.int64], logits_rows: npt.NDArray[np.int64]
+    ) -> ForwardInputs:
+        """All blocks of a sequence are the same one."""
+        block_size, groups = self._backend.block_size, self._served.groups
+        num_tokens, num_sequences = len(positions), len(layout.num_tokens)
+        own = 1 + np.arange(num_sequences, dtype=np.int32)[:, None]
+        shape = (num_sequences, -(-self._num_positions // block_size))
+        tables = [np.broadcast_to(own + group * max(CHECKED), shape).copy() for group in range(len(groups))]
+        sequence = np.repeat(np.arange(num_sequences), layout.num_tokens)
+        slots = [
+            torch.from_numpy(table[sequence, 0].astype(np.int64) * block_size + positions % block_size)
+            for table in tables
+        ]
         return ForwardInputs(
             input_ids=torch.from_numpy(self._generator.integers(0, self._vocab_size, num_tokens)),
             position_ids=torch.from_numpy(positions.copy()),
@@ -119,7 +144,7 @@ class Recorder:
                 self._backend.prepare(layout, table, group.visibility)
                 for table, group in zip(tables, groups, strict=True)
             ],
-            logits_rows=torch.arange(num_tokens),
+            logits_rows=torch.from_numpy(logits_rows),
             layout=layout,
             block_tables=tables,
         )

@@ -20,7 +20,7 @@ from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import bytes_per_block
 from shardwright.errors import UnsupportedModelError
 from shardwright.replay.program import OutOfRangeError, Program
-from shardwright.replay.record import MOST_TOKENS, Recorder, record
+from shardwright.replay.record import Recorder, record
 from shardwright.worker.inputs import build_inputs
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.step import Ints, StepTables
@@ -65,6 +65,7 @@ class PackedModel:
         self._cache: KVCache | None = None
         self._recomputing: RecomputingModel | None = None
         self._program: Program | None = None
+        self._has_latents = any(spec.values_in_keys for spec in self.layers)
         self.is_chosen = False
         """Whether it is the rung that serves, not one that is being tried: until then, a failure is one."""
 
@@ -85,8 +86,13 @@ class PackedModel:
         if self._program is not None:
             self._program.bind(self._cache)
 
-    def record(self, *, num_positions: int, vocab_size: int) -> str | None:
-        """Record the model's decode steps, to be carried out natively from the next `allocate` on.
+    def record(self, *, num_positions: int, vocab_size: int, most_tokens: int, most_rows: int) -> str | None:
+        """Record the model's steps, to be carried out natively from the next `allocate` on.
+
+        Args:
+            num_positions: longest sequence.
+            vocab_size: number of token ids.
+            most_tokens, most_rows: of a step, and of those whose logits are wanted; larger steps run the model's code.
 
         Returns: why that cannot be; None if it can.
         """
@@ -95,7 +101,13 @@ class PackedModel:
         if isinstance(self.served, ServedModel) and self.served.own is not None:
             return self.served.own.describe()
         recorder = Recorder(
-            self.served, self._backend, num_positions=num_positions, vocab_size=vocab_size, dtype=self._dtype
+            self.served,
+            self._backend,
+            num_positions=num_positions,
+            vocab_size=vocab_size,
+            dtype=self._dtype,
+            most_tokens=most_tokens,
+            most_rows=most_rows,
         )
         found = record(recorder)
         if isinstance(found, str):
@@ -107,7 +119,7 @@ class PackedModel:
         assert self._cache is not None, "allocate comes first"
         if self._recomputing is None:
             inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
-            if self._program is not None and _is_decode(step):
+            if self._program is not None and self._repeats(step):
                 try:
                     return self._program.run(inputs)
                 except OutOfRangeError:
@@ -123,6 +135,13 @@ class PackedModel:
                 self._recomputing = RecomputingModel(self.served.module, str(exc), device=self._device)
         return self._recomputing.compute(step)
 
+    def _repeats(self, step: StepTables) -> bool:
+        """Whether a step can be carried out as recorded; latents are read as by decodes, which is slow for prompts."""
+        assert self._program is not None
+        is_decode = (step.num_tokens == 1) & (step.num_computed > 0)
+        is_known = bool(is_decode.all()) or not self._has_latents
+        return is_known and self._program.takes(int(step.num_tokens.sum()), len(step.logits_rows))
+
     def release(self, rows: list[int]) -> None:
         """Nothing to do: blocks are the scheduler's."""
 
@@ -130,14 +149,3 @@ class PackedModel:
         assert self._cache is not None, "allocate comes first"
         for group in blocks:
             self._cache.scrub(torch.from_numpy(group).to(self._device))
-
-
-def _is_decode(step: StepTables) -> bool:
-    """Whether a step is one token for each of a few sequences, all of whose logits are wanted."""
-    count = len(step.rows)
-    return (
-        count <= MOST_TOKENS
-        and len(step.logits_rows) == count
-        and bool((step.num_tokens == 1).all())
-        and bool((step.num_computed > 0).all())
-    )

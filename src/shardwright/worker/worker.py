@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shardwright.adapt.eager import eager
-from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
+from shardwright.config import EngineConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.parallel import gather_logits_once
@@ -187,7 +187,7 @@ def adapt(
                 agree=agree,
             )
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
-                _record(model, blueprint, config.model)
+                _record(model, blueprint, config)
             return model
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"
@@ -201,15 +201,21 @@ def _expect_no_padding(module: nn.Module) -> None:
             setattr(held, _PADDING_WARNING, lambda *_: None)
 
 
-def _record(model: PackedModel, blueprint: Blueprint, options: ModelConfig) -> None:
-    """Let a model's decode steps be carried out natively, if they can be."""
+def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
+    """Let a model's steps be carried out natively, if they can be."""
     problem: str | None = "its weights are quantized"
-    if options.weight_format is None:
-        problem = model.record(num_positions=blueprint.max_model_len, vocab_size=blueprint.vocab_size)
+    if config.model.weight_format is None:
+        sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
+        problem = model.record(
+            num_positions=blueprint.max_model_len,
+            vocab_size=blueprint.vocab_size,
+            most_tokens=sizes.max_num_batched_tokens,
+            most_rows=sizes.max_num_seqs,
+        )
     if problem is None:
-        logger.debug("decode steps are recorded, and carried out natively")
+        logger.debug("steps are recorded, and carried out natively")
     else:
-        logger.info("decode steps run the model's own code: %s", problem)
+        logger.info("steps run the model's own code: %s", problem)
 
 
 def resolve_device(device: str, placement: Placement = ALONE) -> torch.device:
