@@ -2,11 +2,13 @@
 
 A pass of many tokens runs with stand-ins for all that is computed from the tokens. Masks and biases, which code makes
 of positions, are real, and what they do to scores is looked at for a few queries. Values that decide on the way, such
-as which expert a token goes to, are taken to be zero.
+as which expert a token goes to, are taken to be zero. What else meets the tokens, such as rotary angles or a scale, is
+noted for the first of them: it may not depend on how many more come.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -42,6 +44,35 @@ _LOOKUPS = {F.embedding: (1, 0), torch.Tensor.__getitem__: (0, 1), torch.index_s
 """Functions that look tokens up, and the places of table and index among their arguments."""
 
 
+NUM_NOTED = 5
+"""So many of the first tokens are looked at for what meets them."""
+
+SAME = 1e-3
+"""So near, relative to their size, are numbers that are the same but for rounding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """One call in which the tokens met something that is not made of them."""
+
+    name: str
+    """Of the function."""
+    values: list[Tensor]
+
+    def is_same(self, other: Meeting) -> bool:
+        """Whether another pass had the same here."""
+        if self.name != other.name or len(self.values) != len(other.values):
+            return False
+        return all(map(_is_near, self.values, other.values))
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    dtype = torch.complex128 if one.is_complex() else torch.float64
+    return torch.allclose(one.to(dtype), other.to(dtype), rtol=SAME, atol=SAME / 100, equal_nan=True)
+
+
 class FarMode(TorchFunctionMode):
     """Lets a forward pass run without its tokens, and notes what its code adds to scores.
 
@@ -61,6 +92,8 @@ class FarMode(TorchFunctionMode):
         """By number of the attention: [H or 1, R, T], masks of boolean type or what is added; columns of sinks too."""
         self.largest_bytes = 0
         """Of a tensor that the pass made."""
+        self.met: list[Meeting] = []
+        """What met the tokens, call by call."""
         self.rows, self.num_tokens = rows, num_tokens
         self._vocab_size = vocab_size
         self._counter = CallCounter(module, row_labels=trace.row_labels)
@@ -89,6 +122,7 @@ class FarMode(TorchFunctionMode):
                 zeros = torch.zeros(*result.shape[:-2], len(self.rows), self.num_tokens, device=self.rows.device)
                 blank = without_product(func, self.picked(args), self.picked(kwargs), zeros)
                 return FarScores.of(result, blank, self._scores[place], self)
+        self._note_meeting(func, args, kwargs)
         if self._is_of_tokens(func, args):
             return StandIn.like(func(*_pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args), **kwargs))
         args = self._real(func, args)
@@ -96,6 +130,30 @@ class FarMode(TorchFunctionMode):
         sizes = (t.numel() * t.element_size() for t in tensors_in(result) if t.device.type != "meta")
         self.largest_bytes = max(self.largest_bytes, *sizes, 0)
         return result
+
+    def _note_meeting(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note the numbers, and the first rows of tables as long as the prompt, that a call brings to the tokens.
+
+        What is added to scores is looked at as a whole; a number that changes with the row does not matter there.
+        """
+        tensors = list(tensors_in((args, kwargs)))
+        if not any(isinstance(tensor, StandIn) for tensor in tensors):
+            return
+        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, float)]
+        tables = [] if any(isinstance(tensor, FarScores) for tensor in tensors) else tensors
+        beginnings = [self._beginning(table) for table in tables if not isinstance(table, StandIn)]
+        if numbers or beginnings:
+            self.met.append(Meeting(func.__name__, [*map(torch.tensor, numbers), *beginnings]))
+
+    def _beginning(self, table: Tensor) -> Tensor:
+        """What a table has for the first tokens; nothing of one of another length."""
+        is_long = self.num_tokens in table.shape
+        if table.numel() != 1 and not is_long:
+            return torch.empty(0)
+        for dim, size in enumerate(table.shape):
+            if size == self.num_tokens:
+                table = table.narrow(dim, 0, min(NUM_NOTED, size))
+        return table.detach().clone()
 
     def _real(self, func: Any, args: Any) -> Any:
         """Arguments of a call that only takes type and shape from a stand-in: with real tensors in place of those."""

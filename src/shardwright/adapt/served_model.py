@@ -73,6 +73,9 @@ class ServedModel:
             uses = probe_counts(module, agree)
             self._counts = CountAnswers(CountCalls(), uses, num_positions) if uses else None
 
+    def forget(self) -> None:
+        """Nothing to do: code that remembers what it may not is not served like this."""
+
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any) -> Tensor:
         """Run one step, all tokens packed as [1, T].
 
