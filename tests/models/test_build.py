@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.models.custom_models import write_code
-from transformers import GPT2Config, LlamaConfig, ViTConfig
+from transformers import GPT2Config, LlamaConfig, ViTConfig, WhisperConfig
 
 from shardwright.config import DType
 from shardwright.errors import ModelSourceError, UnsupportedModelError
@@ -133,3 +133,4 @@ def test_dtype_without_a_checkpoint_is_float32(tmp_path: Path) -> None:
 def test_longest_sequence_is_found() -> None:
     assert max_positions(LlamaConfig(max_position_embeddings=77)) == 77
     assert max_positions(GPT2Config(n_positions=33)) == 33
+    assert max_positions(WhisperConfig(max_target_positions=44)) == 44

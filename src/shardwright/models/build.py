@@ -78,7 +78,10 @@ def resolve_dtype(dtype: DType, config: PretrainedConfig, path: Path) -> torch.d
 def max_positions(config: PretrainedConfig) -> int | None:
     """Longest sequence that the model's config allows; None if it does not say."""
     text_config = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "block_size")
+    names = (
+        "max_position_embeddings", "n_positions", "max_target_positions", "max_sequence_length", "max_seq_len",
+        "seq_length", "block_size",
+    )  # fmt: skip
     found = (getattr(text_config, name, None) for name in names)
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
