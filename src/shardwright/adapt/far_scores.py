@@ -8,8 +8,9 @@ noted for the first of them: it may not depend on how many more come.
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils import _pytree
 from shardwright.adapt.calls import OPENED, CallCounter
 from shardwright.adapt.counting import tensors_in
 from shardwright.adapt.followed import POWERS, SOFTMAXES, is_in_place
+from shardwright.adapt.observe import held_tensors
 from shardwright.adapt.products import ADDED, without_product
 from shardwright.adapt.stand_in import StandIn, answer_of_zeros
 from shardwright.adapt.trace import ForwardTrace
@@ -83,10 +85,19 @@ class FarMode(TorchFunctionMode):
         rows: [R] int64, queries that are looked at.
         num_tokens: of the pass.
         vocab_size: number of token ids.
+        patience_s: how long the pass may take, by the clock of this process: code that goes from token to token takes
+            very long.
     """
 
     def __init__(
-        self, module: nn.Module, trace: ForwardTrace, rows: Tensor, *, num_tokens: int, vocab_size: int
+        self,
+        module: nn.Module,
+        trace: ForwardTrace,
+        rows: Tensor,
+        *,
+        num_tokens: int,
+        vocab_size: int,
+        patience_s: float = math.inf,
     ) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
@@ -96,7 +107,10 @@ class FarMode(TorchFunctionMode):
         self.met: list[Meeting] = []
         """What met the tokens, call by call."""
         self.rows, self.num_tokens = rows, num_tokens
+        self._deadline = time.process_time() + patience_s
+        self._patience_s = patience_s
         self._vocab_size = vocab_size
+        self._held = {id(tensor): tensor for tensor in held_tensors(module)}
         self._counter = CallCounter(module, row_labels=trace.row_labels)
         self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
         self._scores = {a.place: i for i, a in enumerate(trace.attentions) if not a.is_sdpa}
@@ -105,6 +119,8 @@ class FarMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         counter = self._counter
+        if time.process_time() > self._deadline:
+            raise UnsupportedModelError(f"a pass of {self.num_tokens:,} tokens takes more than {self._patience_s:g} s")
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
@@ -142,7 +158,8 @@ class FarMode(TorchFunctionMode):
             return
         numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, float)]
         tables = [] if any(isinstance(tensor, FarScores) for tensor in tensors) else tensors
-        beginnings = [self._beginning(table) for table in tables if not isinstance(table, StandIn)]
+        tables = [table for table in tables if not isinstance(table, StandIn) and id(table) not in self._held]
+        beginnings = [self._beginning(table) for table in tables]
         if numbers or beginnings:
             self.met.append(Meeting(func.__name__, [*map(torch.tensor, numbers), *beginnings]))
 
@@ -245,7 +262,7 @@ class FarScores(StandIn):
         result = StandIn.__torch_function__(func, types, args, kwargs)
         if func.__name__.strip("_") in _SHAPES and isinstance(result, Tensor):
             shape = (*result.shape[:-2], len(owner.watch.rows), result.shape[-1])
-            is_kept = result.shape[-2:-1] == (owner.watch.num_tokens,) and owner.blank.numel() == prod(shape)
+            is_kept = result.shape[-2:-1] == (owner.watch.num_tokens,) and owner.blank.numel() == math.prod(shape)
             blank = owner.blank.reshape(shape) if is_kept else None
         return owner._followed(result, blank)
 

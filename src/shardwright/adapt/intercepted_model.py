@@ -45,14 +45,15 @@ LONG_TRACE = 509
 """Tokens of the trace that is fitted, if the model takes as many: windows up to this long are seen; the trace is
 longer for a model whose config names a longer one."""
 
-FAR_TRACES = (2048, 4096, 8192)
-"""Tokens of the traces that show masks and biases farther away; nothing else is computed in them."""
+FAR_TRACES = (2039, 4093, 8191)
+"""Tokens of the traces that show masks and biases farther away; nothing else is computed in them. These are no sizes of
+a model."""
 
 MAX_FAR_BYTES = 1 << 30
 """A trace that would make a larger tensor is left out,"""
 
-FAR_PATIENCE_S = 4.0
-"""and so is one that would take longer, by the clock of this process."""
+FAR_PATIENCE_S = 2.0
+"""and so is one that would take longer, by the clock of this process; the shortest has to be done within it."""
 
 REPEATED = 0.1
 """Share of an example's tokens that are the same as the one before: code may look for repetitions."""
@@ -224,33 +225,42 @@ class InterceptedModel:
             self.module,
             trace,
             torch.zeros(1, dtype=torch.int64, device=device),
-            num_tokens=num_near,
+            num_tokens=SHORT_TRACE,
             vocab_size=self._vocab_size,
+            patience_s=FAR_PATIENCE_S,
         )
         self._run_far(short)
-        for num_tokens in sorted({min(length, num_positions) for length in FAR_TRACES if length > num_near}):
+        farthest = num_positions - 1 + num_positions % 2
+        for num_tokens in sorted({min(length, farthest) for length in FAR_TRACES if length > num_near}):
             growth = (num_tokens / reached) ** 2
             if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and elapsed_s * growth <= FAR_PATIENCE_S):
                 break
             started = time.process_time()
             rows = far_rows(num_near, num_tokens, device)
-            mode = FarMode(self.module, trace, rows, num_tokens=num_tokens, vocab_size=self._vocab_size)
-            attentions = agreed(partial(self._look_far, mode, short, near, precision), self._agree)
+            mode = FarMode(
+                self.module,
+                trace,
+                rows,
+                num_tokens=num_tokens,
+                vocab_size=self._vocab_size,
+                patience_s=FAR_PATIENCE_S,
+            )
+            attentions = agreed(partial(self._look_far, mode, short, near, num_near, precision), self._agree)
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
 
     def _look_far(
-        self, mode: FarMode, short: FarMode, near: list[FittedAttention], precision: float
+        self, mode: FarMode, short: FarMode, near: list[FittedAttention], num_near: int, precision: float
     ) -> list[FittedAttention]:
-        """The attentions as they are as far as a pass reaches; `short` is one of as many tokens as are understood."""
-        failure, num_near = self._run_far(mode), short.num_tokens
+        """The attentions as they are as far as a pass reaches; `short` is one of a few tokens."""
+        failure = self._run_far(mode)
         if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
             raise UnsupportedModelError(f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}")
         for one, other in zip(short.met, mode.met, strict=False):  # as far as both went
             if not one.is_same(other):
                 raise UnsupportedModelError(
                     f"in a pass of {mode.num_tokens:,} tokens its code does something else to the first ones "
-                    f"than in one of {num_near:,}, in a call of {one.name}"
+                    f"than in one of {short.num_tokens:,}, in a call of {one.name}"
                 )
         return [
             fit_far(attention, mode.found[i], mode.rows, num_near=num_near, precision=precision)
@@ -264,6 +274,8 @@ class InterceptedModel:
         try:
             with mode:
                 self.module(tokens, **arguments)
+        except UnsupportedModelError as exc:
+            return f": {exc}"
         except Exception as exc:  # of the module's code, which may look at values
             return f": {described(exc)}"
         return ""
