@@ -53,6 +53,8 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "shift in place": shift_in_place,
     "heads": lambda x, y: (x.view(-1, 3, 8) * y.view(-1, 3, 8).mean(-1, keepdim=True)).flatten(1),
     "heads first": lambda x, _: (x.view(-1, 3, 8).transpose(0, 1) * 0.5).transpose(0, 1).flatten(1),
+    "every other": lambda x, y: torch.cat(((x + y)[:, ::2], (x * y)[:, 1::2]), dim=-1),
+    "last one": lambda x, y: x * (x + y)[:, -1:],
     "where": lambda x, y: torch.where(x > 0, x, y * 0.1),
 }
 

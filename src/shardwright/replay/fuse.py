@@ -78,11 +78,11 @@ class _Rows:
 
     def piece(self, place: Place) -> tuple[int, int] | None:
         """Which piece of the rows a tensor is; None if it is none."""
-        start = place.offset + self.base * -1
-        if place.strides[:-1] != self.strides or start.slope:
+        start, step = place.offset + self.base * -1, place.strides[-1]
+        is_one = step == Affine(0) or place.sizes[-1] == _ONE
+        if place.strides[:-1] != self.strides or start.slope or not (is_one or step == _ONE):
             return None
-        width = 1 if place.strides[-1] == Affine(0) else place.sizes[-1].base
-        return start.base, start.base + width
+        return start.base, start.base + (1 if is_one else place.sizes[-1].base)
 
     @property
     def span(self) -> tuple[int, int]:
