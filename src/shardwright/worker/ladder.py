@@ -20,7 +20,8 @@ from shardwright.foreign_errors import described
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.rungs import batched_rungs, single_rungs
-from shardwright.worker.self_check import check_logits, plain_logits
+from shardwright.worker.self_check import check_batches, check_logits, plain_logits
+from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ def climb(
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
     check = partial(check_logits, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+    check_far = partial(
+        check_batches, num_positions=num_positions, vocab_size=vocab_size, block_size=block_size, dtype=dtype
+    )
 
     def tried(name: AttentionRung, build: Callable[[], StepModel]) -> tuple[StepModel | None, str | None]:
         """A model, and why it cannot stand on its rung; all ranks are told the same of whether it can."""
@@ -88,6 +92,9 @@ def climb(
         if stands and model is not None and expected is not None and not is_plain:
             _, problem = _tried(partial(check, model, expected))
             stands = agree(problem is None)
+            if stands and isinstance(model, (PackedModel, StateSlotModel)) and model.batches_own:
+                _, problem = _tried(partial(check_far, model))
+                stands = agree(problem is None)
         return model, None if stands else problem or "another rank cannot stand there"
 
     for rung in rungs:

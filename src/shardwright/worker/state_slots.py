@@ -74,6 +74,7 @@ class StateSlotModel:
             needs_attention=False,
             expanded_because=expanded_because,
             own_rows=own_rows,
+            own_together=decodes_together,
             has_states=True,
             agree=agree,
         )
@@ -83,6 +84,9 @@ class StateSlotModel:
         self.rung_reason = "; ".join(["a state slot for each request", paged, *self._served.own_reasons])
         if not decodes_together:
             self.rung_reason += "; decodes run one by one: its code mixes the sequences of a batch"
+        own = self._served.own
+        self.batches_own = own is not None and own.together
+        """As of PackedModel."""
         self._backend = backend
         self._dtype = dtype
         self._device = device
@@ -106,6 +110,11 @@ class StateSlotModel:
             dtype=self._dtype,
             device=self._device,
         )
+
+    def fill(self, seed: int) -> None:
+        """Write random numbers to the cache of keys and values."""
+        assert self._kv_cache is not None, "allocate comes first"
+        self._kv_cache.fill(seed)
 
     def compute(self, step: StepTables) -> Tensor:
         wanted = wanted_places(step)
