@@ -9,11 +9,14 @@ import torch
 from tests.custom.models.baddbmm_net.modeling_baddbmm_net import BaddbmmConfig, BaddbmmNet
 from tests.custom.models.capped_scores.modeling_capped_scores import CappedConfig, CappedLM
 from tests.custom.models.flat_head.modeling_flat_head import FlatHeadConfig, FlatHeadGPT
+from tests.custom.models.float_mask_sinusoid.modeling_float_mask_sinusoid import SinusoidConfig, SinusoidLM
 from tests.custom.models.grouped_einsum.modeling_grouped_einsum import GroupedEinsumConfig, GroupedEinsumLM
 from tests.custom.models.grouped_queries.modeling_grouped_queries import GroupedConfig, GroupedLM
+from tests.custom.models.last_logits.modeling_last_logits import LastLogitsConfig, LastLogitsGPT
 from tests.custom.models.local_global.modeling_local_global import LocalGlobalConfig, LocalGlobalLM
 from tests.custom.models.own_softmax.modeling_own_softmax import OwnSoftmaxConfig, OwnSoftmaxLM
 from tests.custom.models.sink_column.modeling_sink_column import SinkColumnConfig, SinkColumnLM
+from tests.custom.models.stretched_rope.modeling_stretched_rope import StretchedConfig, StretchedLM
 from tests.custom.models.tiled_heads.modeling_tiled_heads import TiledHeadsConfig, TiledHeadsLM
 from tests.custom.models.tril_gpt.modeling_tril_gpt import TrilConfig, TrilGPT
 
@@ -78,11 +81,33 @@ def test_windows_are_seen_however_long(window: int) -> None:
     assert [layer.visibility for layer in layers] == [sliding, Visibility(), sliding]
 
 
+def test_a_table_that_grows_is_made_anew() -> None:
+    served = understood(BaddbmmNet, BaddbmmConfig(), num_positions=1024)
+    assert served._forgets
+    assert not understood(TrilGPT, TrilConfig(block_size=256))._forgets
+
+
 def test_a_table_that_is_too_short_is_refused() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="a table in its code has 509 positions, but 1,024 are to be served"
+        UnsupportedModelError, match="a table in its code has 600 positions, but 1,024 are to be served"
     ):
-        understood(BaddbmmNet, BaddbmmConfig(), num_positions=1024)
+        understood(SinusoidLM, SinusoidConfig(max_position_embeddings=600), num_positions=1024)
+
+
+def test_frequencies_that_stretch_far_away_are_refused() -> None:
+    config = StretchedConfig(trained_length=LONG_TRACE + 20, max_position_embeddings=1024)
+    with pytest.raises(UnsupportedModelError, match="in a pass of 1,023 tokens its code does something else"):
+        understood(StretchedLM, config, num_positions=1024)
+    assert understood(StretchedLM, config, num_positions=LONG_TRACE).layers
+
+
+def test_what_long_prompts_give_is_kept_to_compare_with() -> None:
+    sample = understood(TrilGPT, TrilConfig(block_size=256)).sample
+    assert len(sample.tokens) == 256
+    assert sample.places[-1] == 255
+    assert sample.logits.shape == (len(sample.places), 128)
+    sample = understood(LastLogitsGPT, LastLogitsConfig(block_size=64), num_positions=64).sample
+    assert (sample.places, sample.logits.shape) == ([63], (1, 128))
 
 
 def test_a_prompt_that_code_does_not_take_is_refused() -> None:

@@ -12,6 +12,7 @@ from tests.conftest import build_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shardwright.adapt.eager import eager
 from shardwright.adapt.logits import logits_of
 
 MODELS = Path(__file__).parent / "models"
@@ -95,6 +96,7 @@ def _good_outputs(model: PreTrainedModel) -> list[list[int]] | None:
     return None if generate(model, with_another_beginning)[0] == outputs[-1] else outputs
 
 
+@eager
 @torch.inference_mode()
 def generate(model: nn.Module, token_ids: list[int]) -> tuple[list[int], float]:
     """Greedy tokens by a full forward for each, and the least distance between the best two logits."""

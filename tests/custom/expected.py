@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 SDPA = {
-    "alibi_sdpa", "bool_mask_gpt", "cached_sdpa", "causal_llama", "float_mask_sinusoid", "grouped_queries",
-    "last_logits", "latent_sdpa", "local_global", "mha_block", "parallel_block", "tiled_heads", "torch_encoder",
+    "alibi_sdpa", "bool_mask_gpt", "cached_sdpa", "causal_llama", "flex_scores", "float_mask_sinusoid",
+    "grouped_queries", "last_logits", "latent_sdpa", "local_global", "mha_block", "parallel_block",
+    "remembered_length", "tiled_heads", "torch_encoder",
 }  # fmt: skip
 DATAFLOW = {
     "alibi_bare", "alibi_buffer", "alibi_cached", "baddbmm_net", "bmm_gpt", "broadcast_groups", "capped_scores",
-    "clipped_relative", "complex_rope", "einsum_net", "exp_sum", "flat_head", "gathered_rope", "grouped_einsum",
-    "keys_first", "latent_parts", "mha_weights", "moe_loop", "own_softmax", "sink_column", "t5_bias", "tril_gpt",
-    "windowed_raw",
+    "clipped_relative", "complex_rope", "document_mask", "einsum_net", "exp_sum", "flat_head", "gathered_rope",
+    "grouped_einsum", "growing_tables", "keys_first", "latent_parts", "mha_weights", "moe_loop", "own_softmax",
+    "sink_column", "t5_bias", "tril_gpt", "windowed_raw",
 }  # fmt: skip
 PER_REQUEST = {
     "talking_heads": "its weights are not the softmax of its scores",
 }
 RECOMPUTE = {
     "data_dependent": "its code computes differently for different prompts",
+    "full_experts": "in a sequence of 60 tokens",
     "linear_attention": "no attention was found in its forward pass",
     "lone_token": "its code took another path than when it was traced",
     "prefix_lm": "its attention is not causal",
-    "remembered_length": "its code counts tokens once, and remembers it for prompts of the same length",
+    "stretched_rope": "logits differ from those of its own forward pass",
     "token_shift": "logits differ from those of its own forward pass",
 }
 
@@ -28,8 +30,8 @@ LATENT = {"latent_parts", "latent_sdpa"}
 """Those that cache latents in place of keys and values."""
 
 QUICK = {
-    "alibi_bare", "causal_llama", "gathered_rope", "latent_parts", "linear_attention", "sink_column", "t5_bias",
-    "talking_heads", "torch_encoder", "tril_gpt",
+    "alibi_bare", "causal_llama", "document_mask", "flex_scores", "full_experts", "gathered_rope", "growing_tables",
+    "latent_parts", "linear_attention", "sink_column", "t5_bias", "talking_heads", "torch_encoder", "tril_gpt",
 }  # fmt: skip
 """Run by default: one of each rung, and of each kind of positions."""
 

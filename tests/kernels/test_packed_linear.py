@@ -127,3 +127,9 @@ def test_other_processors_compute_the_same(dtype: torch.dtype, tokens: int, inne
     actual = packed_linear(x, pack_weight(weight), None, outer)
     expected = packed_linear_reference(x, weight, None)
     torch.testing.assert_close(actual, expected, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-4)
+
+
+def test_shapes_are_known_without_computing() -> None:
+    packed = pack_weight(torch.ones(37, 64)).to("meta")
+    output = packed_linear(torch.ones(13, 64, device="meta"), packed, None, 37)
+    assert (output.shape, output.device.type) == ((13, 37), "meta")

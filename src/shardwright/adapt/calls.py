@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardwright.adapt.flex import FLEX, attend_openly
 from shardwright.adapt.products import Product, RowLabels, as_product
 
 
@@ -50,7 +51,10 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
-OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+OPENED: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    FLEX: attend_openly,
+}
 """Functions that attend inside, and what to call in their place to see it."""
 
 

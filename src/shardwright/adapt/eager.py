@@ -1,10 +1,12 @@
 """Run the user's code as it is written, not as torch.compile would rewrite it.
 
 Code that compiles parts of itself would stop to do so at every new shape, and its attention could not be watched.
+flex_attention warns where it is not compiled; that is kept from users, who could do nothing about it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -20,6 +22,9 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        flex = sys.modules.get("torch.nn.attention.flex_attention")
+        warned: set[str] = getattr(flex, "_WARNINGS_SHOWN", set())
+        warned.add("flex_attention_performance")
         with torch.compiler.set_stance("force_eager"):
             return function(*args, **kwargs)
 

@@ -2,12 +2,15 @@
 
 A pass of many tokens runs with stand-ins for all that is computed from the tokens. Masks and biases, which code makes
 of positions, are real, and what they do to scores is looked at for a few queries. Values that decide on the way, such
-as which expert a token goes to, are taken to be zero.
+as which expert a token goes to, are taken to be zero. What else meets the tokens, such as rotary angles or a scale, is
+noted for the first of them: it may not depend on how many more come.
 """
 
 from __future__ import annotations
 
-from math import prod
+import math
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.utils import _pytree
 from shardwright.adapt.calls import OPENED, CallCounter
 from shardwright.adapt.counting import tensors_in
 from shardwright.adapt.followed import POWERS, SOFTMAXES, is_in_place
+from shardwright.adapt.observe import held_tensors
 from shardwright.adapt.products import ADDED, without_product
 from shardwright.adapt.stand_in import StandIn, answer_of_zeros
 from shardwright.adapt.trace import ForwardTrace
@@ -43,6 +47,35 @@ _LOOKUPS = {F.embedding: (1, 0), torch.Tensor.__getitem__: (0, 1), torch.index_s
 """Functions that look tokens up, and the places of table and index among their arguments."""
 
 
+NUM_NOTED = 5
+"""So many of the first tokens are looked at for what meets them."""
+
+SAME = 1e-3
+"""So near, relative to their size, are numbers that are the same but for rounding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """One call in which the tokens met something that is not made of them."""
+
+    name: str
+    """Of the function."""
+    values: list[Tensor]
+
+    def is_same(self, other: Meeting) -> bool:
+        """Whether another pass had the same here."""
+        if self.name != other.name or len(self.values) != len(other.values):
+            return False
+        return all(map(_is_near, self.values, other.values))
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    dtype = torch.complex128 if one.is_complex() else torch.float64
+    return torch.allclose(one.to(dtype), other.to(dtype), rtol=SAME, atol=SAME / 100, equal_nan=True)
+
+
 class FarMode(TorchFunctionMode):
     """Lets a forward pass run without its tokens, and notes what its code adds to scores.
 
@@ -52,18 +85,32 @@ class FarMode(TorchFunctionMode):
         rows: [R] int64, queries that are looked at.
         num_tokens: of the pass.
         vocab_size: number of token ids.
+        patience_s: how long the pass may take, by the clock of this process: code that goes from token to token takes
+            very long.
     """
 
     def __init__(
-        self, module: nn.Module, trace: ForwardTrace, rows: Tensor, *, num_tokens: int, vocab_size: int
+        self,
+        module: nn.Module,
+        trace: ForwardTrace,
+        rows: Tensor,
+        *,
+        num_tokens: int,
+        vocab_size: int,
+        patience_s: float = math.inf,
     ) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
         """By number of the attention: [H or 1, R, T], masks of boolean type or what is added; columns of sinks too."""
         self.largest_bytes = 0
         """Of a tensor that the pass made."""
+        self.met: list[Meeting] = []
+        """What met the tokens, call by call."""
         self.rows, self.num_tokens = rows, num_tokens
+        self._deadline = time.process_time() + patience_s
+        self._patience_s = patience_s
         self._vocab_size = vocab_size
+        self._held = {id(tensor): tensor for tensor in held_tensors(module)}
         self._counter = CallCounter(module, row_labels=trace.row_labels)
         self._sdpa = {a.place: i for i, a in enumerate(trace.attentions) if a.is_sdpa}
         self._scores = {a.place: i for i, a in enumerate(trace.attentions) if not a.is_sdpa}
@@ -72,6 +119,8 @@ class FarMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         counter = self._counter
+        if time.process_time() > self._deadline:
+            raise UnsupportedModelError(f"a pass of {self.num_tokens:,} tokens takes more than {self._patience_s:g} s")
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
@@ -90,6 +139,7 @@ class FarMode(TorchFunctionMode):
                 zeros = torch.zeros(*result.shape[:-2], len(self.rows), self.num_tokens, device=self.rows.device)
                 blank = without_product(func, self.picked(args), self.picked(kwargs), zeros)
                 return FarScores.of(result, blank, self._scores[place], self)
+        self._note_meeting(func, args, kwargs)
         if self._is_of_tokens(func, args):
             return StandIn.like(func(*_pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args), **kwargs))
         args = self._real(func, args)
@@ -97,6 +147,31 @@ class FarMode(TorchFunctionMode):
         sizes = (t.numel() * t.element_size() for t in tensors_in(result) if t.device.type != "meta")
         self.largest_bytes = max(self.largest_bytes, *sizes, 0)
         return result
+
+    def _note_meeting(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note the numbers, and the first rows of tables as long as the prompt, that a call brings to the tokens.
+
+        What is added to scores is looked at as a whole; a number that changes with the row does not matter there.
+        """
+        tensors = list(tensors_in((args, kwargs)))
+        if not any(isinstance(tensor, StandIn) for tensor in tensors):
+            return
+        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, float)]
+        tables = [] if any(isinstance(tensor, FarScores) for tensor in tensors) else tensors
+        tables = [table for table in tables if not isinstance(table, StandIn) and id(table) not in self._held]
+        beginnings = [self._beginning(table) for table in tables]
+        if numbers or beginnings:
+            self.met.append(Meeting(func.__name__, [*map(torch.tensor, numbers), *beginnings]))
+
+    def _beginning(self, table: Tensor) -> Tensor:
+        """What a table has for the first tokens; nothing of one of another length."""
+        is_long = self.num_tokens in table.shape
+        if table.numel() != 1 and not is_long:
+            return torch.empty(0)
+        for dim, size in enumerate(table.shape):
+            if size == self.num_tokens:
+                table = table.narrow(dim, 0, min(NUM_NOTED, size))
+        return table.detach().clone()
 
     def _real(self, func: Any, args: Any) -> Any:
         """Arguments of a call that only takes type and shape from a stand-in: with real tensors in place of those."""
@@ -187,7 +262,7 @@ class FarScores(StandIn):
         result = StandIn.__torch_function__(func, types, args, kwargs)
         if func.__name__.strip("_") in _SHAPES and isinstance(result, Tensor):
             shape = (*result.shape[:-2], len(owner.watch.rows), result.shape[-1])
-            is_kept = result.shape[-2:-1] == (owner.watch.num_tokens,) and owner.blank.numel() == prod(shape)
+            is_kept = result.shape[-2:-1] == (owner.watch.num_tokens,) and owner.blank.numel() == math.prod(shape)
             blank = owner.blank.reshape(shape) if is_kept else None
         return owner._followed(result, blank)
 

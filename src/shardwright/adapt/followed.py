@@ -50,6 +50,8 @@ class AttentionTrace:
     """As `scores`, had all products been zero."""
     weights: Tensor | None = None
     """[H, T, T]: what met the values."""
+    is_flex: bool = False
+    """It is what flex_attention does, spelled out."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of scaled_dot_product_attention: attn_mask, is_causal, scale."""
 

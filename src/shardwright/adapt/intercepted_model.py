@@ -26,8 +26,11 @@ from shardwright.adapt.latent import LatentFinder, LatentSearch, LatentTaps, fin
 from shardwright.adapt.logits import logits_of, rows_of, without_cache
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import accepts
+from shardwright.adapt.remembered import Remembered
 from shardwright.adapt.rungs import AttentionRung
+from shardwright.adapt.sample import Sample
 from shardwright.adapt.served_model import output_head, rows_before_head
+from shardwright.adapt.special_ids import find_special_ids, ordinary_ids
 from shardwright.adapt.trace import ForwardTrace, TracingMode
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -42,14 +45,18 @@ LONG_TRACE = 509
 """Tokens of the trace that is fitted, if the model takes as many: windows up to this long are seen; the trace is
 longer for a model whose config names a longer one."""
 
-FAR_TRACES = (2048, 4096, 8192)
-"""Tokens of the traces that show masks and biases farther away; nothing else is computed in them."""
+FAR_TRACES = (2039, 4093, 8191)
+"""Tokens of the traces that show masks and biases farther away; nothing else is computed in them. These are no sizes of
+a model."""
 
 MAX_FAR_BYTES = 1 << 30
 """A trace that would make a larger tensor is left out,"""
 
-FAR_PATIENCE_S = 4.0
-"""and so is one that would take longer, by the clock of this process."""
+FAR_PATIENCE_S = 2.0
+"""and so is one that would take longer, by the clock of this process; the shortest has to be done within it."""
+
+REPEATED = 0.1
+"""Share of an example's tokens that are the same as the one before: code may look for repetitions."""
 
 ROWS_TOLERANCE = 1e-2
 """Largest difference of logits, relative to the largest logit, that computing fewer rows of them may make."""
@@ -62,6 +69,7 @@ class InterceptedModel:
         module: in eval mode, weights loaded.
         num_positions: longest sequence that will be served.
         vocab_size: number of token ids.
+        fresh: what its code keeps, before it ran; default: what it keeps now.
         needs_attention: whether a model that never attends is refused.
         expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
@@ -75,6 +83,7 @@ class InterceptedModel:
         *,
         num_positions: int,
         vocab_size: int,
+        fresh: Remembered | None = None,
         needs_attention: bool = True,
         expanded_because: str = "",
         agree: Callable[[bool], bool] = bool,
@@ -84,6 +93,11 @@ class InterceptedModel:
         self._takes_positions = accepts(module, "position_ids")
         self._options = without_cache(module)
         self._agree = agree
+        self._fresh = fresh or Remembered(module)
+        self._forgets = False
+        self.special_ids: list[int] = []
+        """Token ids that its code treats in a way of its own; what is known of its attention holds for the others."""
+        self.special_ids = agreed(self._find_special_ids, agree)
         # The long trace comes first, so that tables that grow with the prompt have grown.
         num_near = _long_trace(module, num_positions)
         long, attentions = agreed(lambda: self._fit_near(num_near, needs_attention), agree)
@@ -91,9 +105,7 @@ class InterceptedModel:
         if num_positions > num_near:
             attentions = self._fit_far(long, attentions, num_near, num_positions)
         self._attentions = with_biases(attentions, num_positions)
-        is_sdpa = all(trace.is_sdpa for trace in long.attentions)
-        self.rung = AttentionRung.SDPA if is_sdpa else AttentionRung.DATAFLOW
-        how = "calls of scaled_dot_product_attention" if is_sdpa else "softmaxes of products of queries and keys"
+        self.rung, how = _kind_of(long)
         specs = [attention.spec for attention in self._attentions]
         if expanded_because:
             self.latents = no_latents(specs, expanded_because)
@@ -113,16 +125,31 @@ class InterceptedModel:
         """Run one step. Returns [R, vocab_size] logits, model dtype, for the rows asked for."""
         arguments = self._arguments(inputs.position_ids)
         tokens = inputs.input_ids[None]
+        self.forget()
         self._mode.begin(PagedStep(inputs, cache, backend))
         with blank_masks(), rows_before_head(self.head, inputs.logits_rows), self._taps.open(), self._mode:
             output = self.module(tokens, **arguments)
         self._mode.end()
         return rows_of(logits_of(output)[0], inputs.logits_rows)
 
+    def forget(self) -> None:
+        """Before each pass of the module: let it forget the last one, if it would make use of it in a wrong way."""
+        if self._forgets:
+            self._fresh.restore()
+
+    @torch.inference_mode()
+    def _find_special_ids(self) -> list[int]:
+        tokens, arguments = self._example(SHORT_TRACE)
+        return find_special_ids(self.module, tokens, arguments, vocab_size=self._vocab_size)
+
     def _fit_near(self, num_tokens: int, needs_attention: bool) -> tuple[ForwardTrace, list[FittedAttention]]:
         """Watch a long prompt, and understand every attention in it."""
         fitted: dict[int, FittedAttention] = {}
         misfits: list[UnsupportedModelError] = []
+        tokens, _ = self._example(num_tokens)
+
+        def keep(logits: Tensor) -> None:
+            self.sample = Sample.of(tokens, logits[0])
 
         def fit(number: int, trace: AttentionTrace) -> None:
             try:
@@ -130,7 +157,7 @@ class InterceptedModel:
             except UnsupportedModelError as exc:  # the pass goes on: other ranks may be in it
                 misfits.append(exc)
 
-        trace = self._trace(num_tokens, fit)
+        trace = self._trace(num_tokens, fit, keep)
         if misfits:
             raise misfits[0]
         if needs_attention and not trace.attentions:
@@ -141,9 +168,13 @@ class InterceptedModel:
 
     def _find_counts(self, long: ForwardTrace, num_positions: int) -> ForwardTrace:
         """Watch short prompts: which calls count tokens."""
-        with blank_masks():
-            short, again = (self._trace(min(SHORT_TRACE, num_positions)) for _ in range(2))
-        if len(short.attentions) != len(long.attentions) or short.num_products != long.num_products:
+        short, again = self._trace_shortly(num_positions)
+        if short.counts != again.counts or (short.num_rows or num_positions) < num_positions:
+            self._fresh.only_changed()
+            self._forgets = True  # then it counts anew in every pass, and makes its tables as long as they need be
+            short, again = self._trace_shortly(num_positions)
+        paths = {(len(trace.attentions), trace.num_products) for trace in (long, short, again)}
+        if len(paths) > 1:
             raise UnsupportedModelError("its code computes differently for different prompts")
         if short.counts != again.counts:
             raise UnsupportedModelError(COUNTS_ONCE)
@@ -153,11 +184,21 @@ class InterceptedModel:
             )
         return short
 
+    def _trace_shortly(self, num_positions: int) -> tuple[ForwardTrace, ForwardTrace]:
+        with blank_masks():
+            num_tokens = min(SHORT_TRACE, num_positions)
+            return self._trace(num_tokens), self._trace(num_tokens, seed=1)
+
     @torch.inference_mode()
     def _trace(
-        self, num_tokens: int, understand: Callable[[int, AttentionTrace], None] = lambda *_: None
+        self,
+        num_tokens: int,
+        understand: Callable[[int, AttentionTrace], None] = lambda *_: None,
+        keep: Callable[[Tensor], None] = lambda _: None,
+        seed: int = 0,
     ) -> ForwardTrace:
-        tokens, arguments = self._example(num_tokens)
+        tokens, arguments = self._example(num_tokens, seed)
+        self.forget()
         mode = TracingMode(self.module, num_tokens, understand)
         try:
             with mode:
@@ -169,6 +210,7 @@ class InterceptedModel:
             raise UnsupportedModelError(reason) from exc
         logits = logits_of(output)
         mode.finish(num_logits=logits.shape[1] if logits.shape[2] else num_tokens)
+        keep(logits)
         return mode.trace
 
     @torch.inference_mode()
@@ -178,34 +220,65 @@ class InterceptedModel:
         """The attentions as they are at far positions too; each try reaches farther, while it costs little."""
         precision = torch.finfo(next(self.module.parameters()).dtype).eps
         attentions, largest_bytes, elapsed_s, reached = near, 0, 0.0, 1
-        for num_tokens in sorted({min(length, num_positions) for length in FAR_TRACES if length > num_near}):
+        device = next(self.module.parameters()).device
+        short = FarMode(
+            self.module,
+            trace,
+            torch.zeros(1, dtype=torch.int64, device=device),
+            num_tokens=SHORT_TRACE,
+            vocab_size=self._vocab_size,
+            patience_s=FAR_PATIENCE_S,
+        )
+        self._run_far(short)
+        farthest = num_positions - 1 + num_positions % 2
+        for num_tokens in sorted({min(length, farthest) for length in FAR_TRACES if length > num_near}):
             growth = (num_tokens / reached) ** 2
             if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and elapsed_s * growth <= FAR_PATIENCE_S):
                 break
             started = time.process_time()
-            rows = far_rows(num_near, num_tokens, next(self.module.parameters()).device)
-            mode = FarMode(self.module, trace, rows, num_tokens=num_tokens, vocab_size=self._vocab_size)
-            attentions = agreed(partial(self._look_far, mode, near, num_near, precision), self._agree)
+            rows = far_rows(num_near, num_tokens, device)
+            mode = FarMode(
+                self.module,
+                trace,
+                rows,
+                num_tokens=num_tokens,
+                vocab_size=self._vocab_size,
+                patience_s=FAR_PATIENCE_S,
+            )
+            attentions = agreed(partial(self._look_far, mode, short, near, num_near, precision), self._agree)
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
 
     def _look_far(
-        self, mode: FarMode, near: list[FittedAttention], num_near: int, precision: float
+        self, mode: FarMode, short: FarMode, near: list[FittedAttention], num_near: int, precision: float
     ) -> list[FittedAttention]:
-        """The attentions as they are as far as a pass reaches."""
-        tokens, arguments = self._example(mode.num_tokens)
-        failure = ""
-        try:
-            with mode:
-                self.module(tokens, **arguments)
-        except Exception as exc:  # of the module's code, which may look at values
-            failure = f": {described(exc)}"
+        """The attentions as they are as far as a pass reaches; `short` is one of a few tokens."""
+        failure = self._run_far(mode)
         if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
             raise UnsupportedModelError(f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}")
+        for one, other in zip(short.met, mode.met, strict=False):  # as far as both went
+            if not one.is_same(other):
+                raise UnsupportedModelError(
+                    f"in a pass of {mode.num_tokens:,} tokens its code does something else to the first ones "
+                    f"than in one of {short.num_tokens:,}, in a call of {one.name}"
+                )
         return [
             fit_far(attention, mode.found[i], mode.rows, num_near=num_near, precision=precision)
             for i, attention in enumerate(near)
         ]
+
+    def _run_far(self, mode: FarMode) -> str:
+        """Run a pass of stand-ins. Returns: what went wrong in it, to be added to a line; mostly nothing."""
+        tokens, arguments = self._example(mode.num_tokens)
+        self.forget()
+        try:
+            with mode:
+                self.module(tokens, **arguments)
+        except UnsupportedModelError as exc:
+            return f": {exc}"
+        except Exception as exc:  # of the module's code, which may look at values
+            return f": {described(exc)}"
+        return ""
 
     def _find_latents(self, specs: list[LayerSpec], num_positions: int) -> LatentSearch:
         """Watch a short prompt: what keys and values are made of."""
@@ -242,15 +315,28 @@ class InterceptedModel:
         expected = expected[rows]
         return head if (actual - expected).abs().max() <= ROWS_TOLERANCE * expected.abs().max() else None
 
-    def _example(self, num_tokens: int) -> tuple[Tensor, dict[str, Any]]:
-        """Random tokens [1, T], and the arguments that go with them."""
+    def _example(self, num_tokens: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
+        """Random tokens [1, T], some of them as the one before, and the arguments that go with them."""
         device = next(self.module.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self._vocab_size, (1, num_tokens), generator=generator).to(device)
-        return tokens, self._arguments(torch.arange(num_tokens, device=device))
+        generator = torch.Generator().manual_seed(seed)
+        tokens = ordinary_ids(self._vocab_size, self.special_ids)[
+            torch.randint(self._vocab_size - len(self.special_ids), (num_tokens,), generator=generator)
+        ]
+        again = torch.rand(num_tokens, generator=generator) < REPEATED
+        tokens = torch.where(again, tokens.roll(1), tokens)
+        return tokens[None].to(device), self._arguments(torch.arange(num_tokens, device=device))
 
     def _arguments(self, position_ids: Tensor) -> dict[str, Any]:
         return self._options | ({"position_ids": position_ids[None]} if self._takes_positions else {})
+
+
+def _kind_of(trace: ForwardTrace) -> tuple[AttentionRung, str]:
+    """The rung of a module with these attentions, and what they are."""
+    if all(attention.is_sdpa for attention in trace.attentions):
+        return AttentionRung.SDPA, "calls of scaled_dot_product_attention"
+    if all(attention.is_flex for attention in trace.attentions):
+        return AttentionRung.SDPA, "calls of flex_attention"
+    return AttentionRung.DATAFLOW, "softmaxes of products of queries and keys"
 
 
 def _long_trace(module: nn.Module, num_positions: int) -> int:

@@ -18,6 +18,7 @@ from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.count_answers import CountAnswers
 from shardwright.adapt.count_calls import CountCalls, tables_of
 from shardwright.adapt.fit import FittedAttention
+from shardwright.adapt.flex import FLEX, repeated, wants_more
 from shardwright.adapt.latent import LatentTaps
 from shardwright.adapt.paged import PagedStep
 from shardwright.adapt.products import heads_of
@@ -73,6 +74,8 @@ class ServingMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         counter = self._counter
+        if func is FLEX:
+            return self._answer_flex(*args, **kwargs)
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
@@ -103,6 +106,28 @@ class ServingMode(TorchFunctionMode):
             raise UnsupportedModelError("its code attends more often than when it was traced")
         output = self._attend(index, *heads_of(query, key, value))
         return output.view(*query.shape[:-1], -1)
+
+    def _answer_flex(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Any,
+        block_mask: Any,
+        scale: float,
+        kernel_options: dict[str, Any],
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What adapt/flex.py spells out, without any of it: its two products are answered at once."""
+        place, self._counter.num_products = self._counter.num_products, self._counter.num_products + 2
+        if place not in self._scores:
+            raise UnsupportedModelError("its code attends more often than when it was traced")
+        if wants_more(kernel_options):
+            raise UnsupportedModelError("it asks flex_attention for more than its output")
+        key, value = (repeated(heads, query.shape[1]) for heads in (key, value))
+        output = self._attend(self._scores[place], *heads_of(query, key, value))
+        nothing = query.new_empty(0)
+        return output.view(*query.shape[:-1], -1), nothing, nothing
 
     def _attend(self, index: int, query_HTD: Tensor, key_HTD: Tensor, value_HTV: Tensor) -> Tensor:
         """Paged attention of one call; returns [H, T, V]."""

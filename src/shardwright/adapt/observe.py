@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwright.adapt.eager import eager
 from shardwright.adapt.logits import logits_of, without_cache
+from shardwright.adapt.remembered import Remembered
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Observation(TorchFunctionMode):
 def observe(module: nn.Module, num_tokens: int, *, on_meta: bool = True) -> Observation | Exception:
     """Run so many tokens through a copy of the module. Returns what was seen, or why it fails."""
     device = "meta" if on_meta else "cpu"
+    outside = Remembered(module)  # what is not in the copy
     try:
         with torch.inference_mode(), torch.device(device):
             input_ids = torch.ones(1, num_tokens, dtype=torch.int64)  # zero may stand for padding
@@ -78,6 +80,8 @@ def observe(module: nn.Module, num_tokens: int, *, on_meta: bool = True) -> Obse
     except Exception as exc:  # of the module's code; it may also be too many tokens for it
         logger.debug("%d tokens on %s: %s: %s", num_tokens, device, type(exc).__name__, exc)
         return exc
+    finally:
+        outside.restore()
     return observation
 
 

@@ -107,6 +107,9 @@ class ServedModel:
         """What of modules that run their own attention a reader of the rung's reason wants to know."""
         return [] if self.own is None else [self.own.describe()]
 
+    def forget(self) -> None:
+        """Nothing to do: code that remembers what it may not is not served like this."""
+
     def forward(self, inputs: ForwardInputs, cache: KVCache, backend: AttentionBackend, **options: Any) -> Tensor:
         """Run one step, all tokens packed as [1, T].
 

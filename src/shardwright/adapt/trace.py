@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.count_calls import Count, CountCalls, tables_of
 from shardwright.adapt.counting import CountFollower, Use
+from shardwright.adapt.flex import FLEX
 from shardwright.adapt.followed import AttentionTrace, Followed, follow, followed_in, plain
 from shardwright.adapt.products import Product, heads_of, without_product
 from shardwright.errors import UnsupportedModelError
@@ -68,8 +69,12 @@ class TracingMode(TorchFunctionMode):
         kwargs = kwargs or {}
         counter = self._counter
         if func in OPENED:
+            num_before = len(self.trace.attentions)
             with self:
-                return OPENED[func](*args, **kwargs)
+                result = OPENED[func](*args, **kwargs)
+            for attention in self.trace.attentions[num_before:]:
+                attention.is_flex = func is FLEX
+            return result
         if func is F.scaled_dot_product_attention:
             self._note_sdpa(*args, **kwargs)
         elif (product := counter.product(func, args, kwargs)) is not None:

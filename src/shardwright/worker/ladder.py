@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.far_positions import far_position_turns_others
+from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
+from shardwright.adapt.remembered import Remembered
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.native import make_backend
 from shardwright.config import ParallelConfig
 from shardwright.errors import EngineError, ShardwrightError, UnsupportedModelError
 from shardwright.foreign_errors import described
+from shardwright.worker.batch_check import check_batches
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.rungs import batched_rungs, single_rungs
-from shardwright.worker.self_check import check_batches, check_logits, plain_logits
+from shardwright.worker.self_check import check_logits, check_sample, plain_logits, treats_alike
 from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
@@ -60,6 +63,7 @@ def climb(
 
     Raises: UnsupportedModelError if the module's own forward pass fails; EngineError if only that of another rank does.
     """
+    fresh = Remembered(module)
     set_attention(module, "eager")
     expected = _expected(module, vocab_size=vocab_size, agree=agree) if self_check else None
     reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
@@ -74,17 +78,37 @@ def climb(
             device=device,
             parallel=parallel,
             agree=agree,
+            fresh=fresh,
         )
     else:
         reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
         reasons[f"not packed: {reason}"] = None
-    check = partial(check_logits, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+
     check_far = partial(
         check_batches, num_positions=num_positions, vocab_size=vocab_size, block_size=block_size, dtype=dtype
     )
 
+    def check(model: StepModel, expected: Tensor) -> None:
+        check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+        if isinstance(model, PackedModel) and isinstance(model.served, InterceptedModel):
+            check_sample(model, model.served.sample, block_size=block_size, dtype=dtype)
+            settle_special_ids(model)
+
+    def settle_special_ids(model: PackedModel) -> None:
+        ids, model.special_ids = model.special_ids, []
+        sizes: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size, "dtype": dtype}
+        if not ids or agree(treats_alike(model, module, ids, **sizes)):
+            return
+        if parallel is not None and parallel.num_ranks > 1:
+            raise UnsupportedModelError(f"its code treats token ids {ids} in a way of its own")
+        logger.warning(
+            "requests with token ids %s are computed whole: the model's code treats these in a way of its own", ids
+        )
+        model.special_ids = ids
+
     def tried(name: AttentionRung, build: Callable[[], StepModel]) -> tuple[StepModel | None, str | None]:
         """A model, and why it cannot stand on its rung; all ranks are told the same of whether it can."""
+        fresh.restore()
         set_attention(module, "eager")
         model, problem = _tried(build)
         stands = agree(problem is None)

@@ -1,7 +1,8 @@
 """Steps on the paged cache: all sequences packed into one forward pass.
 
 Should the model's code do in some step what it did not do when it was looked at, then what is in the cache is of no
-use, and the model serves on without it.
+use, and the model serves on without it. Sequences with token ids that its code treats in a way of its own, such as one
+for padding, are computed whole, and do not meet the others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from shardwright.replay.program import OutOfRangeError, Program
 from shardwright.replay.record import Recorder, record
 from shardwright.worker.inputs import build_inputs
 from shardwright.worker.per_request import RecomputingModel
-from shardwright.worker.step import Ints, StepTables
+from shardwright.worker.special_ids import without_special_ids
+from shardwright.worker.step import Ints, StepTables, wanted_places
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ class PackedModel:
         self._has_latents = any(spec.values_in_keys for spec in self.layers)
         self.batches_own = isinstance(served, ServedModel) and served.own is not None and served.own.together
         """Whether decodes of several lengths are given as a batch to code that attends by itself."""
+        self.special_ids: list[int] = served.special_ids if isinstance(served, InterceptedModel) else []
+        """Token ids that may not be computed with others: to be set before it serves."""
         self.is_chosen = False
         """Whether it is the rung that serves, not one that is being tried: until then, a failure is one."""
 
@@ -123,6 +127,13 @@ class PackedModel:
         self._cache.fill(seed)
 
     def compute(self, step: StepTables) -> Tensor:
+        if self._recomputing is None and self.special_ids:
+            ordinary, has_special = without_special_ids(step, self.special_ids)
+            logits = self._compute(ordinary)
+            return self._with_whole_sequences(logits, step, has_special) if any(has_special) else logits
+        return self._compute(step)
+
+    def _compute(self, step: StepTables) -> Tensor:
         assert self._cache is not None, "allocate comes first"
         if self._recomputing is None:
             inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
@@ -138,6 +149,7 @@ class PackedModel:
                 if not self.is_chosen or not self._may_recompute:
                     raise
                 logger.warning("from now on every step computes whole sequences, one at a time: %s", exc)
+                self.served.forget()
                 set_attention(self.served.module, "eager")
                 self._recomputing = RecomputingModel(self.served.module, str(exc), device=self._device)
         return self._recomputing.compute(step)
@@ -148,6 +160,17 @@ class PackedModel:
         is_decode = (step.num_tokens == 1) & (step.num_computed > 0)
         is_known = bool(is_decode.all()) or not self._has_latents
         return is_known and self._program.takes(int(step.num_tokens.sum()), len(step.logits_rows))
+
+    def _with_whole_sequences(self, logits: Tensor, step: StepTables, is_whole: list[bool]) -> Tensor:
+        """The logits of a step, those of some of its sequences computed by the module's own forward pass."""
+        recomputing = RecomputingModel(self.served.module, "", device=self._device)
+        self.served.forget()
+        logits, row = logits.clone(), 0
+        for i, (wanted, whole) in enumerate(zip(wanted_places(step), is_whole, strict=True)):
+            if whole and len(wanted):
+                logits[row : row + len(wanted)] = recomputing.compute(step.of(i, wanted))
+            row += len(wanted)
+        return logits
 
     def release(self, rows: list[int]) -> None:
         """Nothing to do: blocks are the scheduler's."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwright.adapt.intercepted_model import InterceptedModel
+from shardwright.adapt.remembered import Remembered
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.layout import AttentionBackend
@@ -42,11 +43,13 @@ def batched_rungs(
     device: torch.device,
     parallel: ParallelConfig | None,
     agree: Callable[[bool], bool],
+    fresh: Remembered,
 ) -> list[Rung]:
     """Those on which requests are computed together; arguments as of `ladder.climb`.
 
     Args:
         backend: computes attention.
+        fresh: what the module's code keeps, before it ran.
     """
     is_alone = parallel is None or parallel.num_ranks == 1
     is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
@@ -70,6 +73,7 @@ def batched_rungs(
             module,
             num_positions=num_positions,
             vocab_size=vocab_size,
+            fresh=fresh,
             needs_attention=is_whole,
             expanded_because=expanded_because,
             agree=agree,

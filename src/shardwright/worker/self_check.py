@@ -4,6 +4,9 @@ Two short random sequences run through the module's own plain forward pass, one 
 a few steps (parts of the prompts, or whole ones, then decodes, together and alone). What the module assumes
 silently, such as positions counted by itself, a mask of its own, layers that mix tokens of a batch, or a cache that is
 not what the plain pass computes, shows here instead of in a user's text.
+
+Code of which nothing is known beforehand is compared in a long sequence too, since it may do something else there:
+frequencies that change with the length of the prompt, experts that take so many tokens and no more.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.logits import own_logits
+from shardwright.adapt.sample import Sample
+from shardwright.adapt.special_ids import ordinary_ids
 from shardwright.errors import UnsupportedModelError
 from shardwright.foreign_errors import described
-from shardwright.worker.packed import PackedModel
-from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import Ints, StepModel, StepTables
 
 logger = logging.getLogger(__name__)
@@ -32,11 +35,8 @@ and a token alone, which code may treat in a way of its own."""
 WHOLE_STEPS = ((7, 5), (8, 6), LENGTHS)
 """For models that take prompts whole."""
 
-LONG_CONTEXT = 3000
-"""Tokens of a sequence that is compared in a batch and alone, if as many are served: more than code chooses from, or
-puts into a block."""
-MOST_CHECKED_BYTES = 1 << 30
-"""Memory that these may take."""
+MOST_SPECIAL_IDS = 8
+"""So many ids that the code seems to treat differently are tried; any more are taken to be treated so."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Root mean square of the differences between logits, against the logits' standard deviation. Half-precision types
@@ -99,55 +99,72 @@ def check_logits(model: StepModel, expected: Tensor, *, vocab_size: int, block_s
 
 
 @torch.inference_mode()
-def check_batches(
-    model: PackedModel | StateSlotModel, *, num_positions: int, vocab_size: int, block_size: int, dtype: torch.dtype
-) -> None:
-    """Whether code that attends by itself gives a long sequence the same in a batch, beside a shorter one, as alone.
+def check_sample(model: StepModel, sample: Sample, *, block_size: int, dtype: torch.dtype) -> None:
+    """Compare a model, without a cache yet, with what the module's own forward pass gave in a long sequence.
 
-    Before the shorter one stands what is masked. Code that looks at it all the same, once there is more than it
-    chooses from or puts into a block, may do so only where contexts are longer than those of `check_logits`.
+    The sequence is computed in two parts and a last token, beside its own beginning as another sequence, as short as
+    it can be without being the whole: code whose numbers depend on how many tokens it gets gives others here.
 
     Args:
-        model: to check; it gets a cache of random numbers, to be replaced afterwards.
-        num_positions, vocab_size, block_size: of the engine.
+        model: to check; it gets a small cache, to be replaced afterwards.
+        sample: what to compare with.
+        block_size: of the engine.
         dtype: of the model's weights.
 
-    Raises: UnsupportedModelError if it does not.
+    Raises: UnsupportedModelError if the logits differ by more than the dtype explains, or a step fails.
     """
-    most = MOST_CHECKED_BYTES // (2 * len(model.groups) * model.bytes_per_block(1))
-    longest = min(LONG_CONTEXT, num_positions - 1, most)
-    lengths = np.array([longest, longest * 3 // 4], dtype=np.int64)
-    if lengths.min() < 1:
+    length = len(sample.tokens)
+    if length <= sum(LENGTHS):
         return
-    together = _random_decode(model, lengths, [0, 1], vocab_size, block_size)
-    alone = torch.cat([_random_decode(model, lengths, [row], vocab_size, block_size) for row in (0, 1)])
-    if not alone.numel():  # of a pipeline stage before the last
+    part, beginning = length // 2, length // 4
+    sequences = [sample.tokens, sample.tokens[:beginning]]
+    steps = [(part, beginning // 2), (length - 1, beginning - 1), (length, beginning)]
+    places = [sample.places, [place for place in sample.places if place < beginning]]
+    if not model.takes_chunks:
+        steps = steps[1:]
+    where = f"in a sequence of {length:,} tokens"
+    try:
+        actual = _stepwise_logits(model, sequences, steps, block_size, places=places)
+    except UnsupportedModelError:
+        raise
+    except Exception as exc:
+        raise UnsupportedModelError(f"its code fails {where}: {described(exc)}") from exc
+    expected = sample.logits.float()[[*range(len(places[0])), *range(len(places[1]))]].to(actual.device)
+    if not expected.numel():  # of a pipeline stage before the last
         return
-    difference = float((together - alone).square().mean().sqrt() / alone.std().clamp_min(1e-6))
+    by_place = (expected - actual).square().mean(-1).sqrt() / expected.std().clamp_min(1e-6)
+    # Rounding to half precision may send a token to another expert: few places differ by that, and not those of most.
+    difference = float(by_place.square().mean().sqrt() if dtype is torch.float32 else by_place.median())
+    logger.debug("%s: logits differ by %.2g of their spread from the module's own %s", model.rung, difference, where)
     if not difference <= TOLERANCE[dtype]:
         raise UnsupportedModelError(
-            f"long sequences get logits that differ by {difference:.2g} of their spread in a batch, in {dtype}"
+            f"logits differ from those of its own forward pass by {difference:.2g} of their spread, in {dtype}, {where}"
         )
 
 
-def _random_decode(
-    model: PackedModel | StateSlotModel, lengths: Ints, rows: list[int], vocab_size: int, block_size: int
-) -> Tensor:
-    """Logits [R, vocab] of one token each of sequences of random numbers, the same ones at every call."""
-    blocks_per_row = int(lengths.max()) // block_size + 1
-    table = np.arange(1, len(lengths) * blocks_per_row + 1, dtype=np.int32).reshape(len(lengths), blocks_per_row)
-    model.allocate(num_rows=len(lengths), num_blocks=table.size * len(model.groups), block_size=block_size)
-    model.fill(seed=0)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (len(lengths), int(lengths.max()) + 1), dtype=np.int32)
-    step = StepTables(
-        token_rows=tokens,
-        block_tables=[table + group * table.size for group in range(len(model.groups))],
-        rows=np.array(rows, dtype=np.int64),
-        num_computed=lengths[rows],
-        num_tokens=np.ones(len(rows), dtype=np.int64),
-        logits_rows=np.arange(len(rows)),
-    )
-    return model.compute(step).float()
+@torch.inference_mode()
+def treats_alike(
+    model: StepModel, module: nn.Module, special_ids: list[int], *, vocab_size: int, block_size: int, dtype: torch.dtype
+) -> bool:
+    """Whether a model gives the module's own logits in a sequence with ids that its code seems to treat differently.
+
+    Args:
+        model: to check; it gets a small cache, to be replaced afterwards.
+        module: that it serves.
+        special_ids: to try; if they are too many to be tried, the answer is no.
+        vocab_size, block_size: of the engine.
+        dtype: of the model's weights.
+    """
+    if len(special_ids) > MOST_SPECIAL_IDS:
+        return False
+    ordinary = ordinary_ids(vocab_size, special_ids).numpy()
+    apart = np.random.default_rng(0).choice(ordinary, 2 * len(special_ids) + LENGTHS[0])
+    apart[2 : 2 + 2 * len(special_ids) : 2] = special_ids
+    tokens = np.concatenate([apart, special_ids, ordinary[:1], special_ids[::-1], ordinary[:1]])
+    expected = own_logits(module, torch.from_numpy(tokens)[None].to(next(module.parameters()).device)).float()
+    actual = _stepwise_logits(model, [tokens], [[len(tokens)]], block_size)
+    difference = (expected[1:] - actual).square().mean().sqrt() / expected.std().clamp_min(1e-6)
+    return bool(difference <= TOLERANCE[dtype])
 
 
 @torch.inference_mode()
@@ -170,10 +187,15 @@ def _stepwise_logits(
     block_size: int,
     *,
     last_only: bool = False,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Logits of all sequences, one after another, computed together in steps up to the lengths that `steps` gives.
 
     Those of the very first token are left out: a model must not mind that fewer are wanted than there are tokens.
+
+    Args:
+        last_only: of each step, only those of the last token of each sequence.
+        places: of each sequence, only those of these tokens, in order.
     """
     num_rows, longest = len(sequences), max(map(len, sequences))
     blocks_per_row = -(-longest // block_size)
@@ -190,6 +212,17 @@ def _stepwise_logits(
         counts = (ends - starts)[rows]
         step_ends = np.cumsum(counts)
         wanted = step_ends - 1 if last_only else np.arange(int(number == 0), counts.sum())
+        if places is not None:
+            wanted = np.concatenate(
+                [
+                    [
+                        place - int(starts[row]) + end - count
+                        for place in places[row]
+                        if starts[row] <= place < ends[row]
+                    ]
+                    for row, count, end in zip(rows.tolist(), counts.tolist(), step_ends.tolist(), strict=True)
+                ]
+            ).astype(np.int64)
         step = StepTables(
             token_rows=token_rows,
             block_tables=[table + group * table.size for group in range(len(model.groups))],  # groups share lanes

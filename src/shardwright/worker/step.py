@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +33,22 @@ class StepTables:
     logits_rows: Ints
     """[R]: places in the packed tokens, one sequence after another, whose next-token logits are wanted;
     ascending."""
+
+    def of(self, i: int, wanted: Ints) -> StepTables:
+        """The step of sequence i alone.
+
+        Args:
+            i: which of the sequences of this step.
+            wanted: [R] places among its tokens of this step whose next-token logits are wanted.
+        """
+        one = slice(i, i + 1)
+        return replace(
+            self,
+            rows=self.rows[one],
+            num_computed=self.num_computed[one],
+            num_tokens=self.num_tokens[one],
+            logits_rows=wanted,
+        )
 
 
 class StepModel(Protocol):

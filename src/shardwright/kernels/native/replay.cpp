@@ -278,6 +278,59 @@ void normalize(bool centred, float epsilon, const View* t) {
     });
 }
 
+// Rounds numbers as a tensor of a type would.
+inline void round_row(float* row, int64_t count, int64_t type) {
+    if (type == BF16)
+        for (int64_t i = 0; i < count; ++i) row[i] = widen(narrow(row[i]));
+}
+
+// A run of instructions on the same rows, see replay/fuse.py.
+void run_rows(const Instruction* run) {
+    const int64_t kept = run->value[MOST_VALUES - 2], count = run->value[MOST_VALUES - 1];
+    const int64_t dims = run->tensor[0].dims - 1;
+    int64_t rows = 1, longest = 1;
+    for (int64_t d = 0; d < dims; ++d) rows *= run->tensor[0].size[d];
+    for (int64_t i = 0; i < count; ++i)
+        for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * longest * count >= WORTH_THREADS)
+    for (int64_t row = 0; row < rows; ++row) {
+        thread_local std::vector<float> scratch;
+        scratch.resize(kept + 2 * longest);
+        float *own = scratch.data(), *extra[2] = {own + kept, own + kept + longest};
+        for (int64_t i = 0; i < count; ++i) {
+            const Instruction& in = run[i];
+            const View& out = in.tensor[0];
+            const bool reduces = in.operation >= SUM;
+            const int64_t length = in.tensor[1].size[dims];
+            const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
+            float* result = own + in.value[0];
+            float* first = reduces ? extra[0] : result;  // where the first input goes, and the result replaces it
+            for (int v = inputs; v >= 1; --v) {  // the first is the last to be read: the result may lie where others do
+                const View& view = in.tensor[v];
+                const int64_t step = view.stride[dims];
+                float* to = v == 1 ? first : extra[v - 2];
+                if (in.value[v] < 0) {
+                    const int64_t offset = offset_of(row, run->tensor[0].size, view.stride, dims);
+                    load_row(view.data + offset * bytes(view.type), view.type, step, length, to);
+                } else if (const float* from = own + in.value[v]; step == 0) {
+                    std::fill(to, to + length, *from);
+                } else if (from != to) {
+                    std::memmove(to, from, length * sizeof(float));
+                }
+            }
+            if (in.operation == AMAX) *result = *std::max_element(first, first + length);
+            else if (reduces) *result = sum_of(first, length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
+            else compute_row(in.operation, length, result, extra[0], extra[1]);
+            const int64_t made = reduces ? 1 : length;
+            round_row(result, made, out.type);
+            if (in.value[MOST_TENSORS]) {
+                const int64_t offset = offset_of(row, run->tensor[0].size, out.stride, dims);
+                store_row(result, made, out.data + offset * bytes(out.type), out.type, out.stride[dims]);
+            }
+        }
+    }
+}
+
 // out[i..., :] = table[index[i...], :]. Returns whether every index is one.
 bool take_rows(const View& out, const View& table, const View& index) {
     int64_t count = 1;
@@ -391,6 +444,11 @@ extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_
     for (int64_t i = start; i < count; ++i) {
         const Instruction& in = instructions[i];
         const View* t = in.tensor;
+        if (in.operation >= COPY && in.operation <= AMAX && in.value[MOST_VALUES - 1]) {
+            run_rows(&in);
+            i += in.value[MOST_VALUES - 1] - 1;
+            continue;
+        }
         switch (in.operation) {
             case HOST: return i;
             case COPY: copy(t[0], t[1]); break;

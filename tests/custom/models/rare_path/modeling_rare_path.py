@@ -45,6 +45,6 @@ class RarePathLM(PreTrainedModel):
         x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         for layer in self.layers:
             x = layer(x)
-        if ((input_ids[:, :-1] == 105) & (input_ids[:, 1:] == 75)).any():
+        if (input_ids[:, :-1] * 200 + input_ids[:, 1:] == 105 * 200 + 75).any():
             x = self.layers[0](x)
         return CausalLMOutput(logits=self.head(x))
