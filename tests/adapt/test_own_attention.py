@@ -63,9 +63,9 @@ def paths_of(*args: Any, **kwargs: Any) -> list[Any]:
     return [path for path, _ in leaves_of((args, kwargs))]
 
 
-def own_attention(model: Model) -> OwnAttention:
+def own_attention(model: Model, *, depends_on_context: bool = True) -> OwnAttention:
     x = torch.zeros(1, 2, WIDTH)
-    tokens, opaque = Part(Role.TOKENS, 1, 0), Part(Role.TOKENS, 1, 0, depends_on_context=True)
+    tokens, opaque = Part(Role.TOKENS, 1, 0), Part(Role.TOKENS, 1, 0, depends_on_context=depends_on_context)
     mask, cache = Part(Role.MASK, visibility=Visibility()), Part(Role.CACHE)
     kept = TokenTensor((1, 1, 2, WIDTH), 2, torch.float32, batch_dim=0)
     results = dict(zip(paths_of(x, x), [tokens, opaque], strict=True))
@@ -83,8 +83,11 @@ def own_attention(model: Model) -> OwnAttention:
 class Served:
     """Steps of the model on a paged cache."""
 
-    def __init__(self, model: Model, num_requests: int, *, together: bool = False) -> None:
-        self.model, self.own, self.together = model, own_attention(model), together
+    def __init__(
+        self, model: Model, num_requests: int, *, together: bool = False, depends_on_context: bool = True
+    ) -> None:
+        self.model, self.together = model, together
+        self.own = own_attention(model, depends_on_context=depends_on_context)
         groups = group_layers(self.own.layers)
         self.cache = KVCache(
             self.own.layers, groups, num_blocks=6 * num_requests, block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU
@@ -138,6 +141,17 @@ def test_what_requests_cannot_share_travels_apart() -> None:
     Served(model, 2).step([torch.randn(3, WIDTH), torch.randn(5, WIDTH)])
     assert isinstance(given[0], PerTurn)
     assert [tuple(value.shape) for value in given[0].values] == [(1, 3, 3), (1, 5, 5)]
+
+
+def test_what_only_some_steps_cannot_share_travels_apart_too() -> None:
+    """Scores of the few tokens that are best: fewer, where there are no more; decodes as a batch beside a prompt."""
+    model = Model()
+    given: list[Any] = []
+    model.second.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["before"]), with_kwargs=True)
+    served = Served(model, 3, together=True, depends_on_context=False)
+    served.step([torch.randn(count, WIDTH) for count in (3, 5, 1)])
+    served.step([torch.randn(count, WIDTH) for count in (1, 1, 2)])
+    assert [tuple(value.shape) for value in given[1].values] == [(2, 1, 6), (1, 2, 3)]
 
 
 def test_modules_and_configs_are_left_as_they_were() -> None:

@@ -201,15 +201,15 @@ class _Pass:
         dim = part.batch_dim if self._requests.in_batch else part.token_dim
         if part.role is not Role.TOKENS or part.depends_on_context or dim is None:
             return PerTurn(tuple(values))
+        pieces = values
         if not self._requests.in_batch:
-            is_several = [len(turn.requests) > 1 for turn in self._requests.turns]
-            pairs = zip(values, is_several, strict=True)
-            values = [value.transpose(dim, part.batch_dim or 0) if several else value for value, several in pairs]
-        others = {(*value.shape[:dim], *value.shape[dim + 1 :]) for value in values}
+            pairs = zip(values, self._requests.turns, strict=True)
+            pieces = [v.transpose(dim, part.batch_dim or 0) if len(turn.requests) > 1 else v for v, turn in pairs]
+        others = {(*piece.shape[:dim], *piece.shape[dim + 1 :]) for piece in pieces}
         if len(others) > 1:
             return PerTurn(tuple(values))
         order = self._requests.order
-        return torch.cat(values, dim) if order is None else torch.cat(values, dim).index_select(dim, order)
+        return torch.cat(pieces, dim) if order is None else torch.cat(pieces, dim).index_select(dim, order)
 
 
 @contextmanager
