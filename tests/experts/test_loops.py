@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,12 +35,12 @@ def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Around:
         return Around(kind).eval().requires_grad_(False).to(dtype)
 
 
-def watched(model: nn.Module, **options: str) -> ExpertLoops:
-    loops = ExpertLoops(model, **options)
+def watched(model: nn.Module, *, unless: str | None = None, agree: Callable[[bool], bool] = bool) -> ExpertLoops:
+    loops = ExpertLoops(model, unless=unless)
     parameter = next(model.parameters())
     with torch.inference_mode(), loops.watching():
-        model(torch.randn(1, 9, WIDTH).to(parameter))
-    loops.group()
+        model(torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(2)).to(parameter))
+    loops.group(agree)
     return loops
 
 

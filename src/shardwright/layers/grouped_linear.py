@@ -143,6 +143,7 @@ def _packed(matrices: list[Tensor], packed: Mapping[int, Tensor]) -> list[Tensor
 
 
 @cache
+@torch.inference_mode(False)
 def _scratch(size: int) -> Tensor:
     """[size] float32, shared by all experts: they are multiplied one after another."""
     return torch.empty(size)
