@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.experts import blocks
 from tests.experts.blocks import WIDTH
 from torch import Tensor, nn
 
-from shardwright.experts import body
 from shardwright.experts.block import GroupedExperts
 from shardwright.experts.loops import ExpertLoops
 
@@ -118,24 +118,23 @@ def test_blocks_of_one_kind_have_experts_of_their_own() -> None:
 
 def test_in_one_product_where_the_device_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: all matrices of a kind as one tensor."""
-    products = []
-    multiply = body.grouped_linear
+    shapes = []
+    multiply = F.grouped_mm
 
-    def noting(rows: Tensor, ends: Tensor, matrices: list[Tensor], stacked: Tensor | None = None) -> Tensor:
-        products.append(stacked)
-        return multiply(rows, ends, matrices, stacked)
+    def noting(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
+        shapes.append(matrices.shape)
+        return multiply(rows, matrices, offs=offs)
 
-    monkeypatch.setattr(body, "grouped_linear", noting)
-    for module in ("body", "loops"):
-        monkeypatch.setattr(f"shardwright.experts.{module}.multiplies_grouped", lambda matrix: True)
+    monkeypatch.setattr(F, "grouped_mm", noting)
+    for module in ("layers.grouped_linear", "experts.loops"):
+        monkeypatch.setattr(f"shardwright.{module}.multiplies_grouped", lambda matrix: True)
     for kind in (blocks.Mixtral, blocks.Stacked):
         model = make(kind)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert watched(model).grouped
-        products.clear()
+        shapes.clear()
         compare(model.block, kind)
-        assert products
-        assert all(stacked is not None for stacked in products)
+        assert {shape[0] for shape in shapes} == {blocks.NUM_EXPERTS}
         after = model.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)

@@ -67,12 +67,13 @@ def climbed(model: nn.Module, num_positions: int, loops: ExpertLoops | None = No
     return served
 
 
-def test_decode_steps_are_recorded() -> None:
+def test_steps_are_recorded() -> None:
     """As they cannot be while a loop looks at who chose its expert."""
+    sizes = {"num_positions": 64, "vocab_size": VOCAB_SIZE, "most_tokens": 32, "most_rows": 4}
     served = climbed(make_decoder(blocks.Masks), 64)
-    assert served.record(num_positions=64, vocab_size=VOCAB_SIZE) is None
+    assert served.record(**sizes) is None
     kept = climbed(make_decoder(blocks.Looks), 64)
-    assert kept.record(num_positions=64, vocab_size=VOCAB_SIZE) is not None
+    assert kept.record(**sizes) is not None
 
 
 @pytest.mark.parametrize("kind", [blocks.EveryExpert, blocks.Stacked])

@@ -134,12 +134,12 @@ class GroupedBody:
     Args:
         body: of one expert.
         parameters: by slot, of each expert.
-        packed: weights that are packed already, by the address of the weight.
+        packed: as of ExpertMatrices.
 
     Raises: UnsupportedModelError if it does something with parameters that is not known for rows of several experts.
     """
 
-    def __init__(self, body: Body, parameters: dict[Slot, list[Tensor]], packed: Mapping[int, Tensor]) -> None:
+    def __init__(self, body: Body, parameters: dict[Slot, list[Tensor]], packed: Mapping[int, Tensor] | None) -> None:
         self._packed = packed
         self._body = body
         self._parameters = parameters

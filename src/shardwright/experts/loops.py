@@ -155,11 +155,12 @@ class ExpertLoops:
             proof = proofs[kind]
             if isinstance(proof, UnsupportedModelError):
                 raise proof
-            check(proof.program(block, family, None), run, samples.tokens(ODD_LENGTH))
-        sums = _sums(block, family, proof)
-        if any(multiplies_grouped(family.parameters[slot][0]) for slot in proof.slots):
-            family.bring_together()
-        group(block, proof.program(block, family, sums), call, tokens.dtype)
+            if any(multiplies_grouped(family.parameters[slot][0]) for slot in proof.slots):
+                family.bring_together()
+            program = proof.program(block, family)
+            check(program, run, samples.tokens(ODD_LENGTH))
+        program.sums = _sums(block, family, proof)
+        group(block, program, call, tokens.dtype)
         self._grouped.append(block)
 
     def _own(self, name: str) -> tuple[Callable[[Tensor], Any], Samples]:

@@ -161,14 +161,11 @@ class Program:
         block: whose parameters and modules it uses: the one that was watched, or another of its kind.
         body: of the block's experts.
         num_experts: of them.
-        sums: adds up what experts give over the ranks that hold parts of them; None: they are whole.
 
     Raises: UnsupportedModelError if the block has not the parameters.
     """
 
-    def __init__(
-        self, outline: Outline, block: nn.Module, body: GroupedBody, *, num_experts: int, sums: Collectives | None
-    ) -> None:
+    def __init__(self, outline: Outline, block: nn.Module, body: GroupedBody, *, num_experts: int) -> None:
         self._outline = outline
         self._modules = {
             call.function.name: block.get_submodule(call.function.name)
@@ -177,7 +174,8 @@ class Program:
         }
         self._body = body
         self._num_experts = num_experts
-        self._sums = sums
+        self.sums: Collectives | None = None
+        """Adds up what experts give over the ranks that hold parts of them; None: they are whole."""
         held = dict([*block.named_parameters(), *block.named_buffers()])
         self._constants = {
             place: found if isinstance(found, Tensor) else _view_of(held[found[0]].detach(), place, found[1])
@@ -236,8 +234,8 @@ class Program:
             weights = pick(chosen, weights.reshape(num_tokens, -1), function.weighting)
         given, places = run_chosen(self._body, rows.reshape(num_tokens, -1), chosen, self._num_experts)
         output = mix(given, places, weights).to(view.dtype).view(view.sizes)
-        if self._sums is not None:
-            output = self._sums.all_reduce(output)
+        if self.sums is not None:
+            output = self.sums.all_reduce(output)
         if base is None:
             return output
         return base.add_(output) if function.is_in_place else output + base.view(view.sizes)

@@ -18,7 +18,6 @@ from shardwright.experts.program import Outline, Program, Watched, outline_of
 from shardwright.experts.region import Region, tokens_first
 from shardwright.experts.routing import TOLERANCE, Routing, find_routing, mix, pick, relative_difference
 from shardwright.experts.watch import BlockMode, Interference, Key, watch_block
-from shardwright.layers.collectives import Collectives
 from shardwright.layers.packed_linear import PackedLinear
 
 LENGTHS = (11, 13, 19)
@@ -30,11 +29,6 @@ CROWD = 512
 CROWDS = 3
 BATCH = (2, 5)
 """Sequences, and tokens of each."""
-
-
-def packed_weights(block: nn.Module) -> dict[int, Tensor]:
-    """Weights of a block that are packed, by their addresses."""
-    return {held.weight.data_ptr(): held.packed for held in block.modules() if isinstance(held, PackedLinear)}
 
 
 class NoExpertsError(UnsupportedModelError):
@@ -53,11 +47,12 @@ class Proof:
     body: Body
     outline: Outline
 
-    def program(self, block: nn.Module, family: Family, sums: Collectives | None) -> Program:
+    def program(self, block: nn.Module, family: Family) -> Program:
         """The program of a block of this kind."""
+        packed = {held.weight.data_ptr(): held.packed for held in block.modules() if isinstance(held, PackedLinear)}
         parameters = {slot: family.parameters[slot] for slot in sorted(self.slots)}
-        grouped = GroupedBody(self.body, parameters, packed_weights(block))
-        return Program(self.outline, block, grouped, num_experts=family.num_experts, sums=sums)
+        grouped = GroupedBody(self.body, parameters, packed)
+        return Program(self.outline, block, grouped, num_experts=family.num_experts)
 
 
 class Samples:
@@ -106,7 +101,7 @@ def prove(block: nn.Module, run: Run, family: Family, samples: Samples) -> Proof
     watch = partial(_watch, block, run, places=places, slots=slots)
     modes = [watch(tokens) for tokens in (first, *(samples.tokens(length) for length in LENGTHS[1:]))]
     body = body_of(modes)
-    grouped = GroupedBody(body, {slot: family.parameters[slot] for slot in sorted(slots)}, packed_weights(block))
+    grouped = GroupedBody(body, {slot: family.parameters[slot] for slot in sorted(slots)}, None)
     regions = [Region(mode) for mode in modes]
     number, routing, added_to = _find(watch, first, modes[0], regions[0], grouped, family.num_experts)
     if (call := regions[0].looks_at_numbers(routing.chosen)) is not None:
@@ -119,7 +114,7 @@ def prove(block: nn.Module, run: Run, family: Family, samples: Samples) -> Proof
         passes.append(Watched(mode, region, cuts[number]))
     _check_every_expert(watch, samples, number, routing, grouped, family.num_experts)
     proof = Proof(slots, body, outline_of(block, passes, routing, added_to))
-    program = proof.program(block, family, None)
+    program = Program(proof.outline, block, grouped, num_experts=family.num_experts)
     check(program, run, samples.tokens(ODD_LENGTH))
     check(program, run, samples.tokens(1))
     check(program, run, samples.tokens(1).expand_as(samples.tokens(CROWD)))

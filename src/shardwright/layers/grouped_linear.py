@@ -52,13 +52,15 @@ class ExpertMatrices:
 
     Args:
         matrices: of each expert, [in, out], views of any layout.
-        packed: packed weights that there are already, by the address of the weight, for CPUs.
+        packed: packed weights that there are already, by the address of the weight; others are packed too, on a CPU.
+            None: none are, for a few products.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], packed: Mapping[int, Tensor]) -> None:
+    def __init__(self, matrices: Sequence[Tensor], packed: Mapping[int, Tensor] | None) -> None:
         self._matrices = list(matrices)
         self._stacked = _stacked(self._matrices) if multiplies_grouped(self._matrices[0]) else None
-        self._packed = _packed(self._matrices, packed) if self._matrices[0].device.type == "cpu" else []
+        is_packed = packed is not None and self._matrices[0].device.type == "cpu"
+        self._packed = _packed(self._matrices, packed or {}) if is_packed else []
 
     def multiply(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Multiply rows by the matrices of their experts.
