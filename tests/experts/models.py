@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from tests.experts import blocks
 from tests.experts.blocks import WIDTH
 from torch import Tensor, nn
 
@@ -51,3 +52,11 @@ def make_decoder(block: Callable[[], nn.Module], *, num_positions: int = 64) -> 
             if parameter.ndim > 1:
                 parameter.data.normal_(0, 1.0 if name.startswith("embed") else 1.3 / WIDTH**0.5)
     return model.eval().requires_grad_(False)
+
+
+def factory(block: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, dict[str, object]]]:
+    """A function that makes a decoder for an engine."""
+    return lambda: (make_decoder(block), {"max_model_len": 64, "has_weights": True})
+
+
+masks, capacity = factory(blocks.Masks), factory(blocks.Capacity)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.experts import blocks
-from tests.experts.models import VOCAB_SIZE, make_decoder
+from tests.experts.models import VOCAB_SIZE, factory, make_decoder
 from torch import nn
 
 from shardwright import LLM, SamplingParams, register_model
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.experts.block import GroupedExperts
 from shardwright.experts.loops import ExpertLoops
+from shardwright.layers.cpu_linears import replace_linears
 from shardwright.models import registry
 from shardwright.worker import ladder
 from shardwright.worker.ladder import climb
@@ -39,7 +40,7 @@ def plain_tokens(model: nn.Module, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_its_own_code(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registrations", {})
-    register_model("mine", lambda: (make_decoder(kind), {"max_model_len": 64, "has_weights": True}))
+    register_model("mine", factory(kind))
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM("mine", dtype="float32", block_size=4, max_num_seqs=4, max_num_batched_tokens=16) as llm:
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
@@ -81,6 +82,7 @@ def test_attention_beside_them_is_looked_at_far_away(kind: type[nn.Module]) -> N
     """In a pass without numbers."""
     model = make_decoder(kind, num_positions=1024)
     expected = plain_logits(model, vocab_size=VOCAB_SIZE)
+    replace_linears(model)
     served = climbed(model, 1024)
     assert served.rung is AttentionRung.SDPA
     assert isinstance(model.layers[0].block, GroupedExperts)

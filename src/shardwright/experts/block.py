@@ -101,7 +101,7 @@ def _grouped_class(kind: type[nn.Module], values: dict[str, Any]) -> type[nn.Mod
     """A class of one block."""
     if issubclass(kind, Parallel):
         *parts, last = kind.__bases__
-        return combined((*parts, _grouped_class(last, values)))
+        return type(kind.__name__, (*parts, _grouped_class(last, values)), {"__module__": kind.__module__})
     return type(f"Grouped{kind.__name__}", (GroupedExperts, kind), {"__module__": kind.__module__, **values})
 
 
