@@ -81,6 +81,7 @@ class StateSlotModel:
         self.groups = self._served.groups or [CacheGroup(Visibility(), ())]
         paged = f"{len(self._served.calls)} attention layers are paged{self._served.latents.describe()}"
         self.rung_reason = "; ".join(["a state slot for each request", paged, *self._served.own_reasons])
+        self.rung_reason += "; prefixes are not reused: no states of them are kept"
         if not decodes_together:
             self.rung_reason += "; decodes run one by one: its code mixes the sequences of a batch"
         self._backend = backend
