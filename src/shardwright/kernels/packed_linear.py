@@ -18,8 +18,9 @@ _HALF = torch.bfloat16
 PACKED_TYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 """Types of weights that can be packed, and what they become."""
 
-_library = torch.library.Library("shardwright", "FRAGMENT")
-_library.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outer) -> Tensor")
+LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
+"""Our operators, which PyTorch's modes see."""
+LIBRARY.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outer) -> Tensor")
 
 
 def is_available() -> bool:
@@ -29,7 +30,7 @@ def is_available() -> bool:
 
 def packed_elements(outer: int, inner: int) -> int:
     """Numbers in a packed weight of [outer, inner]: whole panels."""
-    return -(-outer // _panel_features()) * _panel_features() * inner
+    return -(-outer // panel_features()) * panel_features() * inner
 
 
 def pack_weight(weight: Tensor, into: Tensor | None = None) -> Tensor:
@@ -58,6 +59,15 @@ def pack_weight(weight: Tensor, into: Tensor | None = None) -> Tensor:
     return into
 
 
+def unpack_weight(packed: Tensor, outer: int, inner: int) -> Tensor:
+    """The weight as it was: [outer, inner]."""
+    panel = panel_features()
+    panels = packed.view(-1, inner, panel)
+    if packed.dtype is _HALF:  # the first half of a panel's features at even places, as native/packed.h says
+        panels = torch.cat((panels[..., ::2], panels[..., 1::2]), dim=-1)
+    return panels.transpose(1, 2).reshape(-1, inner)[:outer]
+
+
 def packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int) -> Tensor:
     """`input @ weight.T + bias` in float32, rounded once.
 
@@ -81,16 +91,21 @@ def packed_linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None) 
     return output.to(input.dtype)
 
 
-def _packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int) -> Tensor:
+def multiply_packed(input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """As `packed_linear`, with the output, [tokens, outer], contiguous, written where it shall be.
+
+    Raises: ValueError if the packed weight or the bias is not of its shape or type.
+    """
     tokens, inner = input.shape
+    outer = output.shape[1]
     if len(packed) != packed_elements(outer, inner) or (bias is not None and bias.dtype is not torch.float32):
         raise ValueError(f"no packed weight of {outer} x {inner} has {len(packed)} numbers, or its bias is not float32")
     if input.dtype not in (torch.float32, _HALF):
-        return _packed_linear(input.float(), packed, bias, outer).to(input.dtype)
+        output.copy_(_packed_linear(input.float(), packed, bias, outer))
+        return
     library = native_library("packed")
     assert library is not None, "is_available comes first"
     input = input.contiguous()
-    output = input.new_empty(tokens, outer)
     library.packed_linear(
         ctypes.c_int64(packed.dtype is _HALF),
         ctypes.c_int64(input.dtype is _HALF),
@@ -100,6 +115,11 @@ def _packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: in
         ctypes.c_void_p(output.data_ptr()),
         *map(ctypes.c_int64, (tokens, inner, outer)),
     )
+
+
+def _packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int) -> Tensor:
+    output = input.new_empty(len(input), outer)
+    multiply_packed(input, packed, bias, output)
     return output
 
 
@@ -107,14 +127,15 @@ def _shape_alone(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int)
     return input.new_empty(len(input), outer)
 
 
-_library.impl("packed_linear", _packed_linear, "CPU")
-_library.impl("packed_linear", _shape_alone, "Meta")
+LIBRARY.impl("packed_linear", _packed_linear, "CPU")
+LIBRARY.impl("packed_linear", _shape_alone, "Meta")
 PACKED_LINEAR = torch.ops.shardwright.packed_linear.default
 """What modes that watch operators see."""
 
 
 @cache
-def _panel_features() -> int:
+def panel_features() -> int:
+    """Output features of a panel on this machine."""
     library = native_library("packed")
     assert library is not None, "is_available comes first"
     library.panel_features.restype = ctypes.c_int64
