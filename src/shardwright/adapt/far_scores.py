@@ -27,7 +27,7 @@ from shardwright.adapt.products import ADDED, without_product
 from shardwright.adapt.stand_in import StandIn, answer_of_zeros
 from shardwright.adapt.trace import ForwardTrace
 from shardwright.errors import UnsupportedModelError
-from shardwright.kernels.packed_linear import PACKED_LINEAR
+from shardwright.layers.packed_linear import LINEAR_OPERATORS
 
 _BY_ELEMENT = {
     "add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "mul", "imul", "rmul", "multiply", "div", "itruediv",
@@ -226,7 +226,7 @@ class FarMode(TorchFunctionMode):
             if not isinstance(index, Tensor) or not isinstance(table, Tensor) or index.dtype != torch.int64:
                 return False
             return bool(index.numel() == self.num_tokens and table.shape[0] >= self._vocab_size)
-        if func not in (F.linear, PACKED_LINEAR) or isinstance(args[0], StandIn):
+        if func not in LINEAR_OPERATORS or isinstance(args[0], StandIn):
             return False
         return bool(args[0].numel() == self.num_tokens * args[0].shape[-1] and self.num_tokens in args[0].shape[:-1])
 

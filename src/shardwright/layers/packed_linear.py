@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.kernels.huge_pages import empty_in_huge_pages
-from shardwright.kernels.packed_linear import PACKED_TYPES, pack_weight, packed_elements, packed_linear
+from shardwright.kernels.packed_linear import PACKED_LINEAR, PACKED_TYPES, pack_weight, packed_elements, packed_linear
 from shardwright.layers.parallel import PARALLEL_LINEARS, combined
 from shardwright.layers.upcast_linear import has_fast_half_products
 
@@ -27,6 +27,8 @@ MEMORY_SHARE = 0.5
 FEW_TOKENS = 16
 """On CPUs with half-precision matrix products: up to so many tokens reading the weight is what takes time."""
 ALIGNMENT = 64
+LINEAR_OPERATORS = (F.linear, PACKED_LINEAR)
+"""What modes see of a linear, as it was and packed."""
 
 
 class PackedLinear(nn.Linear):
