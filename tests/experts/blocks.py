@@ -257,7 +257,21 @@ class Outside(Routed):
         return self.experts(flat, chosen, weights).view_as(x)
 
 
-GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside)
+class SharedPair(Mixtral):
+    """Two shared experts in a list of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.ModuleList(SwiGLU() for _ in range(2))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        mixed, logits = super().forward(hidden_states)
+        for expert in self.always:
+            mixed = mixed + expert(hidden_states)
+        return mixed, logits
+
+
+GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside, SharedPair)
 
 
 class ExpertChoice(Routed):

@@ -86,13 +86,14 @@ class ExpertLoops:
             agree: whether all ranks that share the model say yes; each asks once.
         """
         proofs: dict[Any, Proof | UnsupportedModelError] = {}
-        is_same_everywhere = True
-        for family in self._families:
-            loop = self._outcome(family, proofs)
-            if loop is not None:
-                self.found.append(loop)
-                block = self._model.get_submodule(loop.name)
-                is_same_everywhere = is_same_everywhere and not (loop.reason and _summing(block, family))
+        outcomes = [(family, loop) for family in self._families if (loop := self._outcome(family, proofs)) is not None]
+        grouped = {loop.name for _, loop in outcomes if not loop.reason}
+        # What else is alike in a block runs beside its experts.
+        outcomes = [(family, loop) for family, loop in outcomes if not loop.reason or loop.name not in grouped]
+        self.found = [loop for _, loop in outcomes]
+        is_same_everywhere = not any(
+            loop.reason and _summing(self._model.get_submodule(loop.name), family) for family, loop in outcomes
+        )
         if not agree(is_same_everywhere):  # ranks have to add up the same number of times
             self.undo("on another rank they run as written")
 
@@ -125,6 +126,8 @@ class ExpertLoops:
     def _outcome(self, family: Family, proofs: dict[Any, Proof | UnsupportedModelError]) -> ExpertLoop | None:
         """What becomes of a family, in the innermost block where it is understood; None if these are no experts."""
         names = [name for name in _ancestors(family.name) if name in self._seen]
+        if any(self._model.get_submodule(name) in self._grouped for name in names):
+            return None
         reasons = [] if self._unless is None else [self._unless]
         for name in names if self._unless is None else ():
             try:

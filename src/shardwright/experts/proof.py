@@ -112,7 +112,9 @@ def prove(block: nn.Module, run: Run, family: Family, samples: Samples) -> Proof
         if number >= len(cuts):
             raise UnsupportedModelError("its code does not do the same for every number of tokens")
         passes.append(Watched(mode, region, cuts[number]))
-    _check_every_expert(watch, samples, number, routing, grouped, family.num_experts)
+    num_chosen = modes[0].tensor(routing.chosen).numel() // modes[0].trace.num_tokens
+    sizes = {"num_experts": family.num_experts, "num_chosen": num_chosen}
+    _check_every_expert(watch, samples, number, routing, grouped, **sizes)
     proof = Proof(slots, body, outline_of(block, passes, routing, added_to))
     program = Program(proof.outline, block, grouped, num_experts=family.num_experts)
     check(program, run, samples.tokens(ODD_LENGTH))
@@ -145,17 +147,23 @@ def check(program: Program, run: Run, tokens: Tensor) -> None:
 
 def depends_on_others(run: Run, samples: Samples) -> bool:
     """Whether what a block gives a token depends on how many others are computed with it, as with a limit to how many
-    an expert takes.
+    an expert takes; not if it minds their order, as what mixes tokens of a sequence does.
 
     One token alone is compared with many that are all like it: several times, as rounding may turn a choice around.
     """
+    tokens = samples.tokens(LENGTHS[0])
+    tolerance = TOLERANCE[tokens.dtype]
+
+    def given(tokens: Tensor) -> Tensor:
+        leaves = _pytree.tree_leaves(run(tokens.clone()))
+        return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    if relative_difference(given(tokens.flip(-2)).flip(-2), given(tokens)) > tolerance:
+        return False
     for _ in range(CROWDS):
         token = samples.tokens(1)
-        (alone, *_), (crowd, *_) = (
-            [leaf for leaf in _pytree.tree_leaves(run(tokens)) if isinstance(leaf, Tensor)]
-            for tokens in (token.clone(), token.expand_as(samples.tokens(CROWD)).clone())
-        )
-        if relative_difference(crowd, alone.expand_as(crowd)) <= TOLERANCE[token.dtype]:
+        crowd = given(token.expand_as(samples.tokens(CROWD)))
+        if relative_difference(crowd, given(token).expand_as(crowd)) <= tolerance:
             return False
     return True
 
@@ -208,14 +216,19 @@ def _find(
 
 
 def _check_every_expert(
-    watch: Watch, samples: Samples, number: int, routing: Routing, body: GroupedBody, num_experts: int
+    watch: Watch,
+    samples: Samples,
+    number: int,
+    routing: Routing,
+    body: GroupedBody,
+    *,
+    num_experts: int,
+    num_chosen: int,
 ) -> None:
     """Let every expert be chosen in turn, whatever the router says, and compare. Raises UnsupportedModelError."""
-    tokens = samples.tokens(max(2 * num_experts, LENGTHS[0]))
-    num_tokens = tokens.shape[:-1].numel()
-    usual = watch(tokens).tensor(routing.chosen).reshape(num_tokens, -1)
-    numbers = torch.arange(num_tokens)[:, None] + torch.arange(usual.shape[1])
-    chosen = (numbers % num_experts).to(usual)
+    num_tokens = max(-(-num_experts // num_chosen), LENGTHS[0])
+    tokens = samples.tokens(num_tokens)
+    chosen = (torch.arange(num_tokens * num_chosen) % num_experts).view(num_tokens, num_chosen).to(tokens.device)
     forced = routing.chosen, chosen
     mode = watch(tokens, Interference(forced=forced))
     region = Region(mode)
