@@ -257,6 +257,36 @@ class Outside(Routed):
         return self.experts(flat, chosen, weights).view_as(x)
 
 
+class Matrices(nn.Module):
+    """Stacks that are given the choice, as Transformers' experts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, WIDTH) / 4)
+        self.down = nn.Parameter(torch.randn(NUM_EXPERTS, WIDTH, HIDDEN) / 4)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(len(self.up)):
+            rows, places = torch.where(index == expert)
+            y = F.linear(F.silu(F.linear(x[rows], self.up[expert])), self.down[expert])
+            out.index_add_(0, rows, y * weights[rows, places, None])
+        return out
+
+
+class Given(Routed):
+    """Matrices in a module of their own, beside the router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Matrices()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, index = self.gate(flat).softmax(-1).topk(TOP_K, dim=-1)
+        return self.experts(flat, index, weights).view_as(x)
+
+
 class SharedPair(Mixtral):
     """Two shared experts in a list of their own."""
 
@@ -271,7 +301,7 @@ class SharedPair(Mixtral):
         return mixed, logits
 
 
-GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside, SharedPair)
+GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside, SharedPair, Given)
 
 
 class ExpertChoice(Routed):

@@ -19,6 +19,7 @@ from shardwright.experts.proof import ODD_LENGTH, NoExpertsError, Proof, Samples
 from shardwright.foreign_errors import described
 from shardwright.layers.collectives import Collectives
 from shardwright.layers.grouped_linear import multiplies_grouped
+from shardwright.layers.packed_linear import PackedLinear
 from shardwright.layers.parallel_module import Parallel, SummedOutput
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class ExpertLoops:
         self._model = model
         self._unless = unless
         self._families = find_families(model)
+        self._packs = any(isinstance(module, PackedLinear) for module in model.modules())
         self._seen: dict[str, tuple[BlockCall, Tensor]] = {}
         """How modules are called that may be blocks, and with what tokens."""
         self._grouped: list[nn.Module] = []
@@ -160,7 +162,7 @@ class ExpertLoops:
                 raise proof
             if any(multiplies_grouped(family.parameters[slot][0]) for slot in proof.slots):
                 family.bring_together()
-            program = proof.program(block, family)
+            program = proof.program(block, family, packs=self._packs)
             check(program, run, samples.tokens(ODD_LENGTH))
         program.sums = _sums(block, family, proof)
         group(block, program, call, tokens.dtype)

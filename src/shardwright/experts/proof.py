@@ -47,9 +47,10 @@ class Proof:
     body: Body
     outline: Outline
 
-    def program(self, block: nn.Module, family: Family) -> Program:
-        """The program of a block of this kind."""
-        packed = {held.weight.data_ptr(): held.packed for held in block.modules() if isinstance(held, PackedLinear)}
+    def program(self, block: nn.Module, family: Family, *, packs: bool) -> Program:
+        """The program of a block of this kind; with packed weights, as other linears of its model, or without."""
+        linears = [held for held in block.modules() if isinstance(held, PackedLinear)]
+        packed = {held.weight.data_ptr(): held.packed for held in linears} if packs else None
         parameters = {slot: family.parameters[slot] for slot in sorted(self.slots)}
         grouped = GroupedBody(self.body, parameters, packed)
         return Program(self.outline, block, grouped, num_experts=family.num_experts)
