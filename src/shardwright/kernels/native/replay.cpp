@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "packed.h"
+#include "packed_codes.h"
 #include "step_attention.h"
 
 namespace {
@@ -15,7 +15,7 @@ constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_JOINED = 8
 constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
 constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
 
-enum Type : int64_t { F32, BF16, I64, BOOL, I32 };
+enum Type : int64_t { F32, BF16, I64, BOOL, I32, U8 };
 
 struct View {
     char* data;
@@ -354,8 +354,21 @@ bool take_rows(const View& out, const View& table, const View& index) {
     return true;
 }
 
+template <typename P>
+P product_of(const Instruction& in, const Tiles& tiles, const float* arranged, int64_t inner) {
+    const int64_t outer = in.tensor[0].size[1];
+    if constexpr (std::is_same_v<P, Coded<Int8>> || std::is_same_v<P, Coded<Int4>>) {
+        const auto* minimums = reinterpret_cast<const uint16_t*>(in.value[2]);
+        const float* sums = minimums ? sum_groups(tiles, arranged, inner, in.value[3]) : nullptr;
+        return {reinterpret_cast<const uint8_t*>(in.tensor[2].data), reinterpret_cast<const uint16_t*>(in.value[1]), minimums, outer,
+                in.value[3], sums};
+    } else {
+        return {reinterpret_cast<decltype(P::weight)>(in.tensor[2].data), outer};
+    }
+}
+
 // out [M, N] = x [M, K] @ weight.T + bias [N], float32, for instructions that follow each other and have the same x; weights are packed.
-template <typename W>
+template <typename P>
 void linears(const Instruction* instructions, int count) {
     const View& x = instructions[0].tensor[1];
     const int64_t inner = x.size[1];
@@ -363,9 +376,8 @@ void linears(const Instruction* instructions, int count) {
     const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
         load_row(x.data + token * x.stride[0] * bytes(x.type), x.type, x.stride[1], inner, row);
     });
-    Product<W> products[MOST_JOINED];
-    for (int i = 0; i < count; ++i)
-        products[i] = {reinterpret_cast<const W*>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
+    P products[MOST_JOINED];
+    for (int i = 0; i < count; ++i) products[i] = product_of<P>(instructions[i], tiles, arranged, inner);
     multiply(tiles, arranged, inner, products, count, [&](int number, int64_t token, int64_t feature, int64_t features, float* sums) {
         const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
         if (bias.data)
@@ -462,8 +474,10 @@ extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_
                 while (joined < MOST_JOINED && i + joined < count && instructions[i + joined].operation == LINEAR &&
                        instructions[i + joined].value[0])
                     ++joined;
-                if (t[2].type == BF16) linears<uint16_t>(&in, joined);
-                else linears<float>(&in, joined);
+                if (t[2].type == BF16) linears<Product<uint16_t>>(&in, joined);
+                else if (t[2].type == F32) linears<Product<float>>(&in, joined);
+                else if (in.value[4] == 8) linears<Coded<Int8>>(&in, joined);
+                else linears<Coded<Int4>>(&in, joined);
                 i += joined - 1;
                 break;
             }
