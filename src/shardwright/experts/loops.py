@@ -44,12 +44,10 @@ class ExpertLoops:
 
     Args:
         model: with its weights, on its device.
-        unless: why none of them may change; None: they may.
     """
 
-    def __init__(self, model: nn.Module, *, unless: str | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._unless = unless
         self._families = find_families(model)
         self._packs = any(isinstance(module, PackedLinear) for module in model.modules())
         self._seen: dict[str, tuple[BlockCall, Tensor]] = {}
@@ -130,8 +128,8 @@ class ExpertLoops:
         names = [name for name in _ancestors(family.name) if name in self._seen]
         if any(self._model.get_submodule(name) in self._grouped for name in names):
             return None
-        reasons = [] if self._unless is None else [self._unless]
-        for name in names if self._unless is None else ():
+        reasons: list[str] = []
+        for name in names:
             try:
                 self._try(name, family, proofs, is_innermost=name == names[0])
             except NoExpertsError:
