@@ -20,10 +20,12 @@ from shardwright.config import ParallelConfig
 from shardwright.errors import EngineError, ShardwrightError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
 from shardwright.foreign_errors import described
+from shardwright.worker.batch_check import check_batches
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.rungs import batched_rungs, single_rungs
 from shardwright.worker.self_check import check_logits, check_sample, compare_logits, plain_logits, treats_alike
+from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,10 @@ def climb(
     else:
         reasons[f"not packed: {unpacked}"] = None
 
+    check_far = partial(
+        check_batches, num_positions=num_positions, vocab_size=vocab_size, block_size=block_size, dtype=dtype
+    )
+
     def check(model: StepModel, expected: Tensor) -> None:
         check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
         if isinstance(model, PackedModel) and isinstance(model.served, InterceptedModel):
@@ -118,6 +124,9 @@ def climb(
         if stands and model is not None and self_check and expected is not None and not is_plain:
             _, problem = _tried(partial(check, model, expected))
             stands = agree(problem is None)
+            if stands and isinstance(model, (PackedModel, StateSlotModel)) and model.batches_own:
+                _, problem = _tried(partial(check_far, model))
+                stands = agree(problem is None)
         return model, None if stands else problem or "another rank cannot stand there"
 
     for rung in rungs:
