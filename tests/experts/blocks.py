@@ -287,6 +287,23 @@ class Given(Routed):
         return self.experts(flat, index, weights).view_as(x)
 
 
+class Switch(Routed):
+    """One expert for each token, written into a tensor of any numbers; a loss beside the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(SwiGLU() for _ in range(NUM_EXPERTS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.gate(x.float()).softmax(dim=-1)
+        weight, best = scores.max(dim=-1)
+        out = torch.empty_like(x).fill_(3.0)
+        for number, expert in enumerate(self.experts):
+            mask = best == number
+            out[mask] = expert(x[mask]).to(out.dtype) * weight[mask].unsqueeze(-1).to(out.dtype)
+        return x + out, scores.square().sum(-1)
+
+
 class SharedPair(Mixtral):
     """Two shared experts in a list of their own."""
 
@@ -301,7 +318,7 @@ class SharedPair(Mixtral):
         return mixed, logits
 
 
-GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside, SharedPair, Given)
+GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside, SharedPair, Given, Switch)
 
 
 class ExpertChoice(Routed):

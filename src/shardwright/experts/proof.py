@@ -14,10 +14,10 @@ from torch.utils import _pytree
 from shardwright.errors import UnsupportedModelError
 from shardwright.experts.body import Body, GroupedBody, body_of, run_chosen
 from shardwright.experts.families import Family, ParameterPlaces, Slot
-from shardwright.experts.program import Outline, Program, Watched, outline_of
+from shardwright.experts.program import Outline, Program, Sum, Watched, outline_of
 from shardwright.experts.region import Region, tokens_first
-from shardwright.experts.routing import TOLERANCE, Routing, find_routing, mix, pick, relative_difference
-from shardwright.experts.watch import BlockMode, Interference, Key, watch_block
+from shardwright.experts.routing import TOLERANCE, find_routing, mix, pick, relative_difference
+from shardwright.experts.watch import BlockMode, Interference, watch_block
 from shardwright.layers.packed_linear import PackedLinear
 
 LENGTHS = (11, 13, 19)
@@ -104,19 +104,19 @@ def prove(block: nn.Module, run: Run, family: Family, samples: Samples) -> Proof
     body = body_of(modes)
     grouped = GroupedBody(body, {slot: family.parameters[slot] for slot in sorted(slots)}, None)
     regions = [Region(mode) for mode in modes]
-    number, routing, added_to = _find(watch, first, modes[0], regions[0], grouped, family.num_experts)
-    if (call := regions[0].looks_at_numbers(routing.chosen)) is not None:
+    total = _find(watch, first, modes[0], regions[0], grouped, family.num_experts)
+    if (call := regions[0].looks_at_numbers(total.routing.chosen)) is not None:
         raise UnsupportedModelError(f"its code looks at numbers ({call.function}) before it chooses experts")
     passes = []
     for mode, region in zip(modes, regions, strict=True):
         cuts = region.cuts()
-        if number >= len(cuts):
+        if total.cut >= len(cuts):
             raise UnsupportedModelError("its code does not do the same for every number of tokens")
-        passes.append(Watched(mode, region, cuts[number]))
-    num_chosen = modes[0].tensor(routing.chosen).numel() // modes[0].trace.num_tokens
+        passes.append(Watched(mode, region, cuts[total.cut]))
+    num_chosen = modes[0].tensor(total.routing.chosen).numel() // modes[0].trace.num_tokens
     sizes = {"num_experts": family.num_experts, "num_chosen": num_chosen}
-    _check_every_expert(watch, samples, number, routing, grouped, **sizes)
-    proof = Proof(slots, body, outline_of(block, passes, routing, added_to))
+    _check_every_expert(watch, samples, total, grouped, **sizes)
+    proof = Proof(slots, body, outline_of(block, passes, total))
     program = Program(proof.outline, block, grouped, num_experts=family.num_experts)
     check(program, run, samples.tokens(ODD_LENGTH))
     check(program, run, samples.tokens(1))
@@ -196,10 +196,8 @@ def _given(watch: Watch, tokens: Tensor, region: Region, **options: Any) -> list
     return [(kept[0][number], kept[1][number]) for number in after]
 
 
-def _find(
-    watch: Watch, tokens: Tensor, mode: BlockMode, region: Region, body: GroupedBody, num_experts: int
-) -> tuple[int, Routing, Key | None]:
-    """The first cut where a routing adds experts up: its number, the routing, and what else is in the tensor."""
+def _find(watch: Watch, tokens: Tensor, mode: BlockMode, region: Region, body: GroupedBody, num_experts: int) -> Sum:
+    """The first cut where a routing adds experts up. Raises UnsupportedModelError."""
     num_tokens = mode.trace.num_tokens
     for number, (cut, (full, empty)) in enumerate(zip(region.cuts(), _given(watch, tokens, region), strict=True)):
         if not tokens_first(full, num_tokens) or full.numel() != num_tokens * body.out_features:
@@ -208,19 +206,18 @@ def _find(
         difference, routing = find_routing(mode, region, body, num_experts=num_experts, expected=expected)
         if difference > TOLERANCE[tokens.dtype]:
             continue
-        if cut.is_added or not empty.any():
-            return number, routing, None
+        if cut.was_there or not empty.any():
+            return Sum(number, routing, is_alone=not empty.any())
         for key in region.made_before(cut.after):
             if torch.equal(mode.tensor(key).flatten(), empty.flatten()):
-                return number, routing, key
+                return Sum(number, routing, is_alone=False, added_to=key)
     raise UnsupportedModelError("what they give is not added up for each token, with weights of its own")
 
 
 def _check_every_expert(
     watch: Watch,
     samples: Samples,
-    number: int,
-    routing: Routing,
+    total: Sum,
     body: GroupedBody,
     *,
     num_experts: int,
@@ -230,13 +227,14 @@ def _check_every_expert(
     num_tokens = max(-(-num_experts // num_chosen), LENGTHS[0])
     tokens = samples.tokens(num_tokens)
     chosen = (torch.arange(num_tokens * num_chosen) % num_experts).view(num_tokens, num_chosen).to(tokens.device)
+    routing = total.routing
     forced = routing.chosen, chosen
     mode = watch(tokens, Interference(forced=forced))
     region = Region(mode)
     given = _given(watch, tokens, region, forced=forced)
-    if number >= len(given) or {visit.expert for visit in mode.visits} != set(range(num_experts)):
+    if total.cut >= len(given) or {visit.expert for visit in mode.visits} != set(range(num_experts)):
         raise UnsupportedModelError("its choice of experts does not decide alone which of them run")
-    full, empty = given[number]
+    full, empty = given[total.cut]
     rows, weights = (None if key is None else mode.tensor(key) for key in (routing.rows, routing.weights))
     assert rows is not None
     if weights is not None:
