@@ -9,7 +9,7 @@ import pytest
 from tests.custom.builder import MODELS
 from tests.custom.builder import build as build_custom
 from tests.parallel.served import SharedRanks, generate, make_config
-from tests.zoo.architectures import FULL, MIXED, SLIDING
+from tests.zoo.architectures import FULL, MIXED, OVER_PAGES, SLIDING
 from tests.zoo.builder import build
 
 from shardwright import SamplingParams
@@ -33,10 +33,11 @@ SHAPES = {
 """Tensor-parallel ranks, pipeline stages, and where they run."""
 
 TRANSFORMERS = (
-    "cohere2", "deepseek_v3", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "llama", "mistral", "mixtral", "olmo2", "opt",
-    "phi3", "qwen3_moe", "stablelm",
+    "cohere2", "deepseek_v3", "gemma2", "glm_moe_dsa", "gpt2", "gpt_neox", "gpt_oss", "llama", "mistral", "mixtral",
+    "olmo2", "opt", "phi3", "qwen3_moe", "stablelm",
 )  # fmt: skip
-"""Experts, tied embeddings, windows, latent attention, sinks; projections that are fused, interleaved, or [in, out]."""
+"""Experts, tied embeddings, windows, latent attention, sinks, an index of its own; projections that are fused,
+interleaved, or [in, out]."""
 
 CUSTOM = ("local_global", "moe_loop", "tril_gpt")
 """Layers in a ModuleDict; no plan, no interface."""
@@ -80,7 +81,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Answers
                 custom = build_custom(MODELS / name, directory)
                 made[name] = custom.path, custom.prompts, custom.outputs
             else:
-                reference = build(name, (FULL | SLIDING | MIXED)[name], directory)
+                reference = build(name, (FULL | SLIDING | MIXED | OVER_PAGES)[name], directory)
                 made[name] = reference.path, reference.prompts, reference.outputs
         return made[name]
 

@@ -104,7 +104,7 @@ class _Pass:
         self._first_layer = first_layer
         self._make_mask = cache(partial(make_mask, implementation=implementation, dtype=dtype, device=device))
         self._device = device
-        self._places = cache(self._find_places)
+        self._places: dict[int, Tensor] = {}
         self._caches: dict[tuple[int, int | None], OwnCache] = {}
         self._next = 0
 
@@ -169,13 +169,16 @@ class _Pass:
             if len(turn.requests) == 1 and batch_dim is not None:
                 return value.narrow(batch_dim, request.index, 1)
             if batch_dim is not None:
-                return value.index_select(part.token_dim, self._places(turn)).transpose(part.token_dim, batch_dim)
+                return value.index_select(part.token_dim, self._places_of(turn)).transpose(part.token_dim, batch_dim)
         where = _pytree.keystr(path)
         raise UnsupportedModelError(f"{call.name}: {where} cannot be taken apart into those of several requests")
 
-    def _find_places(self, turn: OwnTurn) -> Tensor:
+    def _places_of(self, turn: OwnTurn) -> Tensor:
         """Of the one new token of each of several requests, among those of the pass: [S] int64."""
-        return torch.tensor([request.start for request in turn.requests], device=self._device)
+        if turn.index not in self._places:
+            starts = [request.start for request in turn.requests]
+            self._places[turn.index] = torch.tensor(starts, device=self._device)
+        return self._places[turn.index]
 
     def _cache_of(self, turn: OwnTurn, inner: Cache | None) -> OwnCache:
         key = (turn.index, None if inner is None else id(inner))

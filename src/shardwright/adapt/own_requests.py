@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from typing import Any, Protocol
 
@@ -137,7 +136,7 @@ class PagedRequests:
         self.in_batch = in_batch
         self._step = step
         self._device = step.inputs.input_ids.device
-        self._slots = cache(self._find_slots)
+        self._slots: dict[tuple[int, int, Visibility], Tensor] = {}
         taken = list(chain(*(range(r.start, r.start + r.num_tokens) for turn in self.turns for r in turn.requests)))
         self.order: Tensor | None = None
         if taken != sorted(taken):
@@ -145,7 +144,11 @@ class PagedRequests:
 
     def rows(self, layer: int, turn: OwnTurn, visibility: Visibility) -> OwnRows:
         kv_cache = self._step.cache
-        slots = self._slots(kv_cache.group_of_layer[layer], turn, visibility)
+        group = kv_cache.group_of_layer[layer]
+        key = (group, turn.index, visibility)
+        if key not in self._slots:
+            self._slots[key] = self._find_slots(group, turn, visibility)
+        slots = self._slots[key]
         new_slots = slots[:, -turn.num_tokens :].flatten()
         rows_NC = kv_cache.layers[layer].keys_NKD[:, 0]
         return OwnRows(rows_NC, new_slots, slots.flatten(), len(turn.requests), turn.first(visibility))

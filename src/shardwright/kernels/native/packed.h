@@ -6,16 +6,23 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vector.h"
 
+// Tokens at once: as many sums as fill the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TILE 12
+#else
+#define TILE 6
+#endif
+
 namespace {
 
 constexpr int PANEL = 2 * LANES;
-constexpr int TILE = LANES == 16 ? 12 : 6;      // tokens at once: as many sums as fill the registers
-constexpr int64_t AHEAD = 1024;                 // bytes between what is read and what is fetched
-constexpr int64_t BLOCK_BYTES = 256 << 10;      // of inputs that stay in the cache while panels go by
+constexpr int64_t AHEAD = 1024;            // bytes between what is read and what is fetched
+constexpr int64_t BLOCK_BYTES = 256 << 10;  // of inputs that stay in the cache while panels go by
 
 // Where feature i of a panel lies in its row: so that load_two gives features 0 to LANES - 1 first.
 inline int64_t lane_of(const float*, int64_t i) { return i; }
@@ -67,22 +74,31 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
         }
 }
 
+// Calls f(number of tokens, chains) with both known to the compiler.
+template <typename F>
+void with_tokens(int64_t tokens, F f) {
+    const auto call = [&](auto count) { f(count, std::integral_constant<int, count == 1 ? 4 : count <= 3 ? 2 : 1>()); };
+    switch (tokens) {
+        case 1: return call(std::integral_constant<int, 1>());
+        case 2: return call(std::integral_constant<int, 2>());
+        case 3: return call(std::integral_constant<int, 3>());
+        case 4: return call(std::integral_constant<int, 4>());
+        case 5: return call(std::integral_constant<int, 5>());
+        case 6: return call(std::integral_constant<int, 6>());
+#if TILE > 6
+        case 7: return call(std::integral_constant<int, 7>());
+        case 8: return call(std::integral_constant<int, 8>());
+        case 9: return call(std::integral_constant<int, 9>());
+        case 10: return call(std::integral_constant<int, 10>());
+        case 11: return call(std::integral_constant<int, 11>());
+        case 12: return call(std::integral_constant<int, 12>());
+#endif
+    }
+}
+
 template <typename W>
 void multiply_tile(int64_t tokens, const W* weight, const float* input, int64_t inner, float* out) {
-    switch (tokens) {
-        case 1: return multiply_tile<1, 4>(weight, input, inner, out);
-        case 2: return multiply_tile<2, 2>(weight, input, inner, out);
-        case 3: return multiply_tile<3, 2>(weight, input, inner, out);
-        case 4: return multiply_tile<4, 1>(weight, input, inner, out);
-        case 5: return multiply_tile<5, 1>(weight, input, inner, out);
-        case 6: return multiply_tile<6, 1>(weight, input, inner, out);
-        case 7: return multiply_tile<7, 1>(weight, input, inner, out);
-        case 8: return multiply_tile<8, 1>(weight, input, inner, out);
-        case 9: return multiply_tile<9, 1>(weight, input, inner, out);
-        case 10: return multiply_tile<10, 1>(weight, input, inner, out);
-        case 11: return multiply_tile<11, 1>(weight, input, inner, out);
-        default: return multiply_tile<12, 1>(weight, input, inner, out);
-    }
+    with_tokens(tokens, [&](auto count, auto chains) { multiply_tile<count, chains>(weight, input, inner, out); });
 }
 
 // Tokens cut into tiles as evenly as can be.

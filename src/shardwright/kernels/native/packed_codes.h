@@ -71,20 +71,7 @@ struct Coded {
 
     void multiply(int64_t panel, int64_t first, int64_t tokens, const float* input, int64_t inner, float* out) const {
         const float* own = minimums ? group_sums + first * ((inner + group_size - 1) / group_size) : nullptr;
-        switch (tokens) {
-            case 1: return tile<1, 4>(panel, own, input, inner, out);
-            case 2: return tile<2, 2>(panel, own, input, inner, out);
-            case 3: return tile<3, 2>(panel, own, input, inner, out);
-            case 4: return tile<4, 1>(panel, own, input, inner, out);
-            case 5: return tile<5, 1>(panel, own, input, inner, out);
-            case 6: return tile<6, 1>(panel, own, input, inner, out);
-            case 7: return tile<7, 1>(panel, own, input, inner, out);
-            case 8: return tile<8, 1>(panel, own, input, inner, out);
-            case 9: return tile<9, 1>(panel, own, input, inner, out);
-            case 10: return tile<10, 1>(panel, own, input, inner, out);
-            case 11: return tile<11, 1>(panel, own, input, inner, out);
-            default: return tile<12, 1>(panel, own, input, inner, out);
-        }
+        with_tokens(tokens, [&](auto count, auto chains) { tile<count, chains>(panel, own, input, inner, out); });
     }
 };
 
