@@ -257,7 +257,68 @@ class Outside(Routed):
         return self.experts(flat, chosen, weights).view_as(x)
 
 
-GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside)
+class Matrices(nn.Module):
+    """Stacks that are given the choice, as Transformers' experts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, WIDTH) / 4)
+        self.down = nn.Parameter(torch.randn(NUM_EXPERTS, WIDTH, HIDDEN) / 4)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in range(len(self.up)):
+            rows, places = torch.where(index == expert)
+            y = F.linear(F.silu(F.linear(x[rows], self.up[expert])), self.down[expert])
+            out.index_add_(0, rows, y * weights[rows, places, None])
+        return out
+
+
+class Given(Routed):
+    """Matrices in a module of their own, beside the router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Matrices()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, index = self.gate(flat).softmax(-1).topk(TOP_K, dim=-1)
+        return self.experts(flat, index, weights).view_as(x)
+
+
+class Switch(Routed):
+    """One expert for each token, written into a tensor of any numbers; a loss beside the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(SwiGLU() for _ in range(NUM_EXPERTS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.gate(x.float()).softmax(dim=-1)
+        weight, best = scores.max(dim=-1)
+        out = torch.empty_like(x).fill_(3.0)
+        for number, expert in enumerate(self.experts):
+            mask = best == number
+            out[mask] = expert(x[mask]).to(out.dtype) * weight[mask].unsqueeze(-1).to(out.dtype)
+        return x + out, scores.square().sum(-1)
+
+
+class SharedPair(Mixtral):
+    """Two shared experts in a list of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.ModuleList(SwiGLU() for _ in range(2))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        mixed, logits = super().forward(hidden_states)
+        for expert in self.always:
+            mixed = mixed + expert(hidden_states)
+        return mixed, logits
+
+
+GROUPED = (Mixtral, Masks, EveryExpert, ByName, Shared, Sorted, Nested, Stacked, Outside, SharedPair, Given, Switch)
 
 
 class ExpertChoice(Routed):

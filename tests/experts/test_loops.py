@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from shardwright.experts.block import GroupedExperts
 from shardwright.experts.loops import ExpertLoops
+from shardwright.layers.quantized_linear import quantize_linears
+from shardwright.weight_format import WeightFormat
 
 SHAPES = ((1, 9), (3, 1), (1, 1), (2, 7), (1, 300))
 
@@ -35,8 +37,8 @@ def make(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Around:
         return Around(kind).eval().requires_grad_(False).to(dtype)
 
 
-def watched(model: nn.Module, *, unless: str | None = None, agree: Callable[[bool], bool] = bool) -> ExpertLoops:
-    loops = ExpertLoops(model, unless=unless)
+def watched(model: nn.Module, *, agree: Callable[[bool], bool] = bool) -> ExpertLoops:
+    loops = ExpertLoops(model)
     parameter = next(model.parameters())
     with torch.inference_mode(), loops.watching():
         model(torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(2)).to(parameter))
@@ -150,12 +152,11 @@ def test_undone_it_runs_as_written() -> None:
     assert [loop.reason for loop in loops.found] == ["tokens differ"]
 
 
-def test_nothing_changes_if_it_must_not() -> None:
-    model = make(blocks.Shared)
-    assert [loop.reason for loop in watched(model, unless="its weights are quantized").found] == [
-        "its weights are quantized"
-    ]
-    assert type(model.block) is blocks.Shared
+def test_quantized_modules_beside_them_run_as_they_are() -> None:
+    model = make(blocks.Given)
+    quantize_linears(model, ["block.gate.weight"], WeightFormat(8, 8))
+    assert watched(model).grouped == ["block"]
+    compare(model.block, blocks.Given)
 
 
 def test_another_call_runs_as_written() -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from shardwright.experts.block import GroupedExperts
 from shardwright.layers.collectives import Collectives
 from shardwright.layers.parallel import become
+from shardwright.layers.parallel_experts import DealtExperts
 from shardwright.layers.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from shardwright.layers.parallel_module import SummedOutput
+from shardwright.layers.parallel_pieces import Pieces
 from shardwright.plans.threads import ThreadCollectives, run_ranks
 
 RANGES = (range(10), range(10, HIDDEN))
@@ -59,9 +61,24 @@ def cut_stacks(model: nn.Module, collectives: Counting) -> None:
     become(block, SummedOutput, collectives=collectives)
 
 
+def deal(model: nn.Module, collectives: Counting) -> None:
+    """Whole experts, two and four of them; choices of others are masked."""
+    pieces = Pieces((((0, 2),), ((2, blocks.NUM_EXPERTS),)))
+    experts = model.block.experts
+    for name in ("up", "down"):
+        own = pieces.take(getattr(experts, name), collectives.rank, 0)
+        setattr(experts, name, nn.Parameter(own, requires_grad=False))
+    become(experts, SummedOutput, DealtExperts, collectives=collectives, expert_pieces=pieces, skips_others=False)
+
+
 @pytest.mark.parametrize(
     ("kind", "cut", "num_sums"),
-    [(blocks.Mixtral, cut_linears, 1), (blocks.Shared, cut_linears, 2), (blocks.Stacked, cut_stacks, 1)],
+    [
+        (blocks.Mixtral, cut_linears, 1),
+        (blocks.Shared, cut_linears, 2),
+        (blocks.Stacked, cut_stacks, 1),
+        (blocks.Given, deal, 1),
+    ],
 )
 def test_parts_of_experts(kind: type[nn.Module], cut: Callable[..., None], num_sums: int) -> None:
     whole = make(kind)

@@ -19,6 +19,7 @@ from shardwright.experts.proof import ODD_LENGTH, NoExpertsError, Proof, Samples
 from shardwright.foreign_errors import described
 from shardwright.layers.collectives import Collectives
 from shardwright.layers.grouped_linear import multiplies_grouped
+from shardwright.layers.packed_linear import PackedLinear
 from shardwright.layers.parallel_module import Parallel, SummedOutput
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,12 @@ class ExpertLoops:
 
     Args:
         model: with its weights, on its device.
-        unless: why none of them may change; None: they may.
     """
 
-    def __init__(self, model: nn.Module, *, unless: str | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._unless = unless
         self._families = find_families(model)
+        self._packs = any(isinstance(module, PackedLinear) for module in model.modules())
         self._seen: dict[str, tuple[BlockCall, Tensor]] = {}
         """How modules are called that may be blocks, and with what tokens."""
         self._grouped: list[nn.Module] = []
@@ -86,13 +86,14 @@ class ExpertLoops:
             agree: whether all ranks that share the model say yes; each asks once.
         """
         proofs: dict[Any, Proof | UnsupportedModelError] = {}
-        is_same_everywhere = True
-        for family in self._families:
-            loop = self._outcome(family, proofs)
-            if loop is not None:
-                self.found.append(loop)
-                block = self._model.get_submodule(loop.name)
-                is_same_everywhere = is_same_everywhere and not (loop.reason and _summing(block, family))
+        outcomes = [(family, loop) for family in self._families if (loop := self._outcome(family, proofs)) is not None]
+        grouped = {loop.name for _, loop in outcomes if not loop.reason}
+        # What else is alike in a block runs beside its experts.
+        outcomes = [(family, loop) for family, loop in outcomes if not loop.reason or loop.name not in grouped]
+        self.found = [loop for _, loop in outcomes]
+        is_same_everywhere = not any(
+            loop.reason and _summing(self._model.get_submodule(loop.name), family) for family, loop in outcomes
+        )
         if not agree(is_same_everywhere):  # ranks have to add up the same number of times
             self.undo("on another rank they run as written")
 
@@ -125,8 +126,10 @@ class ExpertLoops:
     def _outcome(self, family: Family, proofs: dict[Any, Proof | UnsupportedModelError]) -> ExpertLoop | None:
         """What becomes of a family, in the innermost block where it is understood; None if these are no experts."""
         names = [name for name in _ancestors(family.name) if name in self._seen]
-        reasons = [] if self._unless is None else [self._unless]
-        for name in names if self._unless is None else ():
+        if any(self._model.get_submodule(name) in self._grouped for name in names):
+            return None
+        reasons: list[str] = []
+        for name in names:
             try:
                 self._try(name, family, proofs, is_innermost=name == names[0])
             except NoExpertsError:
@@ -157,7 +160,7 @@ class ExpertLoops:
                 raise proof
             if any(multiplies_grouped(family.parameters[slot][0]) for slot in proof.slots):
                 family.bring_together()
-            program = proof.program(block, family)
+            program = proof.program(block, family, packs=self._packs)
             check(program, run, samples.tokens(ODD_LENGTH))
         program.sums = _sums(block, family, proof)
         group(block, program, call, tokens.dtype)

@@ -17,7 +17,7 @@ from shardwright.experts.body import GroupedBody, run_chosen
 from shardwright.experts.region import Cut, Region
 from shardwright.experts.routing import Routing, Weighting, mix, pick
 from shardwright.experts.steps import Step, Steps, Storages, View, viewed
-from shardwright.experts.watch import INPUT, BlockMode, RunModule
+from shardwright.experts.watch import INPUT, BlockMode, Key, RunModule
 from shardwright.layers.collectives import Collectives
 from shardwright.replay.affine import Call, Place, common, common_call, common_constant, tensors_in
 from shardwright.replay.trace import Noted, SeenCall, SeenTensor, mapped
@@ -27,12 +27,27 @@ LENGTHS_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Sum:
+    """Where experts are added up, and how."""
+
+    cut: int
+    """Number of the cut."""
+    routing: Routing
+    is_alone: bool
+    """Whether there is nothing in the tensor but what they give."""
+    added_to: Key | None = None
+    """What else is in it, if the tensor is made by adding up."""
+
+
+@dataclass(frozen=True, slots=True)
 class MixExperts(Noted):
-    """All experts: arguments are the rows [T, in], the choices [T, k], weights or None, and what they are added to."""
+    """All experts: arguments are the rows [T, in], the choices [T, k], weights or None, and what is there or None."""
 
     weighting: Weighting
     is_in_place: bool
-    """Whether they are written into what they are added to."""
+    """Whether they are written into what is there."""
+    is_alone: bool
+    """Whether that counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +72,18 @@ class Watched:
     cut: Cut
 
 
-def outline_of(block: nn.Module, passes: Sequence[Watched], routing: Routing, added_to: Any) -> Outline:
+def outline_of(block: nn.Module, passes: Sequence[Watched], total: Sum) -> Outline:
     """What passes of different numbers of tokens have in common, but for the experts.
 
     Args:
         block: that ran.
         passes: three or more.
-        routing: of the experts.
-        added_to: key of the tensor that experts are added to, where they are not added in place; None: they stand
-            alone.
+        total: of the experts.
 
     Raises: UnsupportedModelError if passes are not alike.
     """
     lengths = [watched.mode.trace.num_tokens for watched in passes]
-    slices = [_sliced(watched, routing, added_to) for watched in passes]
+    slices = [_sliced(watched, total) for watched in passes]
     if len({len(part.calls) for part in slices}) > 1:
         raise UnsupportedModelError("its code does not do the same for every number of tokens")
     calls = [common_call([part.calls[i] for part in slices], lengths) for i in range(len(slices[0].calls))]
@@ -116,16 +129,16 @@ def _constant(held: list[tuple[str, Tensor]], place: Place, slices: Sequence[_Sl
     return tensor.as_strided(*place.at(0)).clone()
 
 
-def _sliced(watched: Watched, routing: Routing, added_to: Any) -> _Slice:
+def _sliced(watched: Watched, total: Sum) -> _Slice:
     """The calls of a pass that its results depend on, with one call for all experts; storages are numbered anew."""
-    region, cut = watched.region, watched.cut
+    region, cut, routing = watched.region, watched.cut, total.routing
     made = region.seen(region.makers[cut.storage])
-    if not cut.is_added and (made.offset or not _is_contiguous(made)):
+    if not cut.was_there and (made.offset or not _is_contiguous(made)):
         raise UnsupportedModelError("what its experts give is laid out in memory in a way of its own")
-    base = made if cut.is_added else None if added_to is None else region.seen(added_to)
+    base = made if cut.was_there else None if total.added_to is None else region.seen(total.added_to)
     keys = (routing.rows, routing.chosen, routing.weights)
     arguments = (*(None if key is None else region.seen(key) for key in keys), base)
-    mixed = SeenCall(MixExperts(routing.weighting, cut.is_added), arguments, {}, made)
+    mixed = SeenCall(MixExperts(routing.weighting, cut.was_there, total.is_alone), arguments, {}, made)
     live, calls = region.wanted, []
     for number in range(len(region.calls) - 1, -1, -1):
         if number == cut.after:
@@ -238,7 +251,9 @@ class Program:
             output = self.sums.all_reduce(output)
         if base is None:
             return output
-        return base.add_(output) if function.is_in_place else output + base.view(view.sizes)
+        if not function.is_in_place:
+            return output + base.view(view.sizes)
+        return base.copy_(output) if function.is_alone else base.add_(output)
 
 
 def _view_of(tensor: Tensor, place: Place, start: int) -> Tensor:

@@ -14,10 +14,10 @@ from torch.utils import _pytree
 from shardwright.errors import UnsupportedModelError
 from shardwright.experts.body import Body, GroupedBody, body_of, run_chosen
 from shardwright.experts.families import Family, ParameterPlaces, Slot
-from shardwright.experts.program import Outline, Program, Watched, outline_of
+from shardwright.experts.program import Outline, Program, Sum, Watched, outline_of
 from shardwright.experts.region import Region, tokens_first
-from shardwright.experts.routing import TOLERANCE, Routing, find_routing, mix, pick, relative_difference
-from shardwright.experts.watch import BlockMode, Interference, Key, watch_block
+from shardwright.experts.routing import TOLERANCE, find_routing, mix, pick, relative_difference
+from shardwright.experts.watch import BlockMode, Interference, watch_block
 from shardwright.layers.packed_linear import PackedLinear
 
 LENGTHS = (11, 13, 19)
@@ -47,9 +47,10 @@ class Proof:
     body: Body
     outline: Outline
 
-    def program(self, block: nn.Module, family: Family) -> Program:
-        """The program of a block of this kind."""
-        packed = {held.weight.data_ptr(): held.packed for held in block.modules() if isinstance(held, PackedLinear)}
+    def program(self, block: nn.Module, family: Family, *, packs: bool) -> Program:
+        """The program of a block of this kind; with packed weights, as other linears of its model, or without."""
+        linears = [held for held in block.modules() if isinstance(held, PackedLinear)]
+        packed = {held.weight.data_ptr(): held.packed for held in linears} if packs else None
         parameters = {slot: family.parameters[slot] for slot in sorted(self.slots)}
         grouped = GroupedBody(self.body, parameters, packed)
         return Program(self.outline, block, grouped, num_experts=family.num_experts)
@@ -103,17 +104,19 @@ def prove(block: nn.Module, run: Run, family: Family, samples: Samples) -> Proof
     body = body_of(modes)
     grouped = GroupedBody(body, {slot: family.parameters[slot] for slot in sorted(slots)}, None)
     regions = [Region(mode) for mode in modes]
-    number, routing, added_to = _find(watch, first, modes[0], regions[0], grouped, family.num_experts)
-    if (call := regions[0].looks_at_numbers(routing.chosen)) is not None:
+    total = _find(watch, first, modes[0], regions[0], grouped, family.num_experts)
+    if (call := regions[0].looks_at_numbers(total.routing.chosen)) is not None:
         raise UnsupportedModelError(f"its code looks at numbers ({call.function}) before it chooses experts")
     passes = []
     for mode, region in zip(modes, regions, strict=True):
         cuts = region.cuts()
-        if number >= len(cuts):
+        if total.cut >= len(cuts):
             raise UnsupportedModelError("its code does not do the same for every number of tokens")
-        passes.append(Watched(mode, region, cuts[number]))
-    _check_every_expert(watch, samples, number, routing, grouped, family.num_experts)
-    proof = Proof(slots, body, outline_of(block, passes, routing, added_to))
+        passes.append(Watched(mode, region, cuts[total.cut]))
+    num_chosen = modes[0].tensor(total.routing.chosen).numel() // modes[0].trace.num_tokens
+    sizes = {"num_experts": family.num_experts, "num_chosen": num_chosen}
+    _check_every_expert(watch, samples, total, grouped, **sizes)
+    proof = Proof(slots, body, outline_of(block, passes, total))
     program = Program(proof.outline, block, grouped, num_experts=family.num_experts)
     check(program, run, samples.tokens(ODD_LENGTH))
     check(program, run, samples.tokens(1))
@@ -145,17 +148,23 @@ def check(program: Program, run: Run, tokens: Tensor) -> None:
 
 def depends_on_others(run: Run, samples: Samples) -> bool:
     """Whether what a block gives a token depends on how many others are computed with it, as with a limit to how many
-    an expert takes.
+    an expert takes; not if it minds their order, as what mixes tokens of a sequence does.
 
     One token alone is compared with many that are all like it: several times, as rounding may turn a choice around.
     """
+    tokens = samples.tokens(LENGTHS[0])
+    tolerance = TOLERANCE[tokens.dtype]
+
+    def given(tokens: Tensor) -> Tensor:
+        leaves = _pytree.tree_leaves(run(tokens.clone()))
+        return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    if relative_difference(given(tokens.flip(-2)).flip(-2), given(tokens)) > tolerance:
+        return False
     for _ in range(CROWDS):
         token = samples.tokens(1)
-        (alone, *_), (crowd, *_) = (
-            [leaf for leaf in _pytree.tree_leaves(run(tokens)) if isinstance(leaf, Tensor)]
-            for tokens in (token.clone(), token.expand_as(samples.tokens(CROWD)).clone())
-        )
-        if relative_difference(crowd, alone.expand_as(crowd)) <= TOLERANCE[token.dtype]:
+        crowd = given(token.expand_as(samples.tokens(CROWD)))
+        if relative_difference(crowd, given(token).expand_as(crowd)) <= tolerance:
             return False
     return True
 
@@ -187,10 +196,8 @@ def _given(watch: Watch, tokens: Tensor, region: Region, **options: Any) -> list
     return [(kept[0][number], kept[1][number]) for number in after]
 
 
-def _find(
-    watch: Watch, tokens: Tensor, mode: BlockMode, region: Region, body: GroupedBody, num_experts: int
-) -> tuple[int, Routing, Key | None]:
-    """The first cut where a routing adds experts up: its number, the routing, and what else is in the tensor."""
+def _find(watch: Watch, tokens: Tensor, mode: BlockMode, region: Region, body: GroupedBody, num_experts: int) -> Sum:
+    """The first cut where a routing adds experts up. Raises UnsupportedModelError."""
     num_tokens = mode.trace.num_tokens
     for number, (cut, (full, empty)) in enumerate(zip(region.cuts(), _given(watch, tokens, region), strict=True)):
         if not tokens_first(full, num_tokens) or full.numel() != num_tokens * body.out_features:
@@ -199,30 +206,35 @@ def _find(
         difference, routing = find_routing(mode, region, body, num_experts=num_experts, expected=expected)
         if difference > TOLERANCE[tokens.dtype]:
             continue
-        if cut.is_added or not empty.any():
-            return number, routing, None
+        if cut.was_there or not empty.any():
+            return Sum(number, routing, is_alone=not empty.any())
         for key in region.made_before(cut.after):
             if torch.equal(mode.tensor(key).flatten(), empty.flatten()):
-                return number, routing, key
+                return Sum(number, routing, is_alone=False, added_to=key)
     raise UnsupportedModelError("what they give is not added up for each token, with weights of its own")
 
 
 def _check_every_expert(
-    watch: Watch, samples: Samples, number: int, routing: Routing, body: GroupedBody, num_experts: int
+    watch: Watch,
+    samples: Samples,
+    total: Sum,
+    body: GroupedBody,
+    *,
+    num_experts: int,
+    num_chosen: int,
 ) -> None:
     """Let every expert be chosen in turn, whatever the router says, and compare. Raises UnsupportedModelError."""
-    tokens = samples.tokens(max(2 * num_experts, LENGTHS[0]))
-    num_tokens = tokens.shape[:-1].numel()
-    usual = watch(tokens).tensor(routing.chosen).reshape(num_tokens, -1)
-    numbers = torch.arange(num_tokens)[:, None] + torch.arange(usual.shape[1])
-    chosen = (numbers % num_experts).to(usual)
+    num_tokens = max(-(-num_experts // num_chosen), LENGTHS[0])
+    tokens = samples.tokens(num_tokens)
+    chosen = (torch.arange(num_tokens * num_chosen) % num_experts).view(num_tokens, num_chosen).to(tokens.device)
+    routing = total.routing
     forced = routing.chosen, chosen
     mode = watch(tokens, Interference(forced=forced))
     region = Region(mode)
     given = _given(watch, tokens, region, forced=forced)
-    if number >= len(given) or {visit.expert for visit in mode.visits} != set(range(num_experts)):
+    if total.cut >= len(given) or {visit.expert for visit in mode.visits} != set(range(num_experts)):
         raise UnsupportedModelError("its choice of experts does not decide alone which of them run")
-    full, empty = given[number]
+    full, empty = given[total.cut]
     rows, weights = (None if key is None else mode.tensor(key) for key in (routing.rows, routing.weights))
     assert rows is not None
     if weights is not None:

@@ -26,8 +26,8 @@ class Cut:
     after: int
     """Number of the call."""
     storage: int
-    is_added: bool
-    """Whether the storage was there before the experts ran, and they are added to what is in it."""
+    was_there: bool
+    """Whether the storage was there before the experts ran, and what they gave was written into it."""
 
 
 class Region:
@@ -90,7 +90,7 @@ class Region:
             if len(carrying) == 1 and self.depends[number] and carrying[0] in self.makers:
                 maker = self.makers[carrying[0]][0]
                 if maker >= 0:
-                    found.append(Cut(number, carrying[0], is_added=not self.depends[maker]))
+                    found.append(Cut(number, carrying[0], was_there=not self.depends[maker]))
             if self.has_effect(number, live):
                 live = live | self.reads[number]
         return found[::-1]

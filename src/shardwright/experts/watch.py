@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shardwright.errors import UnsupportedModelError
 from shardwright.experts.families import ParameterPlaces, Slot
 from shardwright.layers.cpu_linears import plain_linears
+from shardwright.layers.quantized_linear import Quantized
 from shardwright.replay.affine import is_view, tensors_in
 from shardwright.replay.trace import Noted, SeenCall, SeenTensor, TraceMode
 
@@ -176,7 +177,8 @@ def noted_modules(block: nn.Module, places: ParameterPlaces, mode: TraceMode) ->
     changed: dict[nn.Module, Any] = {}
     for name, module in block.named_modules():
         held = list(module.parameters())
-        if module is block or not held or any(places.begins(p.data_ptr()) for p in held):
+        has_weights = bool(held) or isinstance(module, Quantized)
+        if module is block or not has_weights or any(places.begins(p.data_ptr()) for p in held):
             continue
         changed[module] = module.__dict__.get("forward")
         module.__dict__["forward"] = _noting(RunModule(name), module.forward, mode)

@@ -25,7 +25,7 @@ from shardwright.layers.upcast_linear import SCRATCH_ELEMENTS, has_fast_half_pro
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 _LIBRARY.define("group_by_expert(Tensor chosen, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define("grouped_linear(Tensor rows, Tensor ends, Tensor[] matrices, Tensor[] packed) -> Tensor")
+_LIBRARY.define("grouped_linear(Tensor rows, Tensor ends, Tensor[] matrices, Tensor[] packed, int outer) -> Tensor")
 
 OLDEST_GROUPING_GPU = (8, 0)
 """Compute capability from which on torch multiplies all groups in one call."""
@@ -57,10 +57,12 @@ class ExpertMatrices:
     """
 
     def __init__(self, matrices: Sequence[Tensor], packed: Mapping[int, Tensor] | None) -> None:
-        self._matrices = list(matrices)
-        self._stacked = _stacked(self._matrices) if multiplies_grouped(self._matrices[0]) else None
-        is_packed = packed is not None and self._matrices[0].device.type == "cpu"
-        self._packed = _packed(self._matrices, packed or {}) if is_packed else []
+        first = matrices[0]
+        self._out_features = first.shape[1]
+        self._stacked = _stacked(matrices) if multiplies_grouped(first) else None
+        self._packed = _packed(matrices, packed) if packed is not None and first.device.type == "cpu" else []
+        is_always_packed = self._packed and most_packed_tokens(first.dtype) is None
+        self._used = [] if is_always_packed else list(matrices)  # handing them over takes time
 
     def multiply(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Multiply rows by the matrices of their experts.
@@ -73,7 +75,8 @@ class ExpertMatrices:
         """
         if self._stacked is not None:
             return torch.nn.functional.grouped_mm(rows, self._stacked, offs=ends)
-        output: Tensor = torch.ops.shardwright.grouped_linear(rows, ends, self._matrices, self._packed)
+        arguments = self._used, self._packed, self._out_features
+        output: Tensor = torch.ops.shardwright.grouped_linear(rows, ends, *arguments)
         return output
 
 
@@ -97,16 +100,16 @@ def _group_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 
 
 @torch.library.impl(_LIBRARY, "grouped_linear", "CompositeExplicitAutograd")
-def _grouped_linear(rows: Tensor, ends: Tensor, matrices: list[Tensor], packed: list[Tensor]) -> Tensor:
-    output = rows.new_empty(len(rows), matrices[0].shape[1])
+def _grouped_linear(rows: Tensor, ends: Tensor, matrices: list[Tensor], packed: list[Tensor], outer: int) -> Tensor:
+    output = rows.new_empty(len(rows), outer)
     most_packed = most_packed_tokens(rows.dtype) if packed else 0
     is_widened = rows.device.type == "cpu" and rows.dtype is not torch.float32 and not has_fast_half_products()
     start = 0
     for number, end in enumerate(ends.tolist()):
-        own = rows[start:end]
-        if not len(own):
+        if end == start:
             continue
-        if most_packed is None or len(own) <= most_packed:
+        own = rows[start:end]
+        if most_packed is None or end - start <= most_packed:
             multiply_packed(own, packed[number], None, output[start:end])
         elif is_widened:
             scratch = _scratch(max(SCRATCH_ELEMENTS, own.shape[1]))
@@ -117,7 +120,7 @@ def _grouped_linear(rows: Tensor, ends: Tensor, matrices: list[Tensor], packed: 
     return output
 
 
-def _stacked(matrices: list[Tensor]) -> Tensor | None:
+def _stacked(matrices: Sequence[Tensor]) -> Tensor | None:
     """Matrices that lie evenly in one piece of memory, as one tensor [E, in, out]."""
     first = matrices[0]
     step = matrices[1].storage_offset() - first.storage_offset()
@@ -129,7 +132,7 @@ def _stacked(matrices: list[Tensor]) -> Tensor | None:
     return first.as_strided((len(matrices), *first.shape), (step, *first.stride())) if is_even else None
 
 
-def _packed(matrices: list[Tensor], packed: Mapping[int, Tensor]) -> list[Tensor]:
+def _packed(matrices: Sequence[Tensor], packed: Mapping[int, Tensor]) -> list[Tensor]:
     """Packed weights of experts; none if they cannot be packed, or memory for them is short."""
     if not is_available() or matrices[0].dtype not in PACKED_TYPES:
         return []

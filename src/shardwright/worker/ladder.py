@@ -68,7 +68,7 @@ def climb(
     """
     fresh = Remembered(module)
     set_attention(module, "eager")
-    loops = loops or ExpertLoops(module)
+    loops = ExpertLoops(module) if loops is None else loops
     expected = None
     if self_check or not agree(not loops):
         with loops.watching():

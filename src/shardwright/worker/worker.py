@@ -173,7 +173,7 @@ def adapt(
     if device.type == "cpu":
         replace_linears(module)
         compute_dtype = torch.float32 if not has_fast_half_products() else blueprint.dtype
-    loops = ExpertLoops(module, unless="its weights are quantized" if config.model.weight_format else None)
+    loops = ExpertLoops(module)
     try:
         with one_thread():
             model = climb(
