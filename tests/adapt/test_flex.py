@@ -58,9 +58,7 @@ def test_it_gives_the_same(options: dict[str, Any], num_kv_heads: int) -> None:
     query = torch.randn(1, 4, NUM_TOKENS, DIM, generator=generator)
     key, value = (torch.randn(1, num_kv_heads, NUM_TOKENS, DIM, generator=generator) for _ in range(2))
     attend = eager(
-        lambda: flex_attention(
-            query, key, value, enable_gqa=True, return_aux=AuxRequest(lse=True), **options
-        )
+        lambda: flex_attention(query, key, value, enable_gqa=True, return_aux=AuxRequest(lse=True), **options)
     )
     expected = attend()
     with Openly() as mode:

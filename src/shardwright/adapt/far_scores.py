@@ -70,6 +70,8 @@ class Meeting:
 
 
 def _is_near(one: Tensor, other: Tensor) -> bool:
+    if not (one.numel() and other.numel()):  # something else, which is as long as one of the prompts by accident
+        return True
     if one.shape != other.shape:
         return False
     dtype = torch.complex128 if one.is_complex() else torch.float64

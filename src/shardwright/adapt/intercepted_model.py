@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.agreement import agreed
+from shardwright.adapt.arguments import plain_arguments, with_positions
 from shardwright.adapt.counting import COUNTS_ONCE
 from shardwright.adapt.dispatch import blank_masks
 from shardwright.adapt.far_fit import far_rows, fit_far
@@ -23,7 +24,7 @@ from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
 from shardwright.adapt.latent import LatentFinder, LatentSearch, LatentTaps, find_latents, no_latents
-from shardwright.adapt.logits import logits_of, rows_of, without_cache
+from shardwright.adapt.logits import logits_of, rows_of
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.remembered import Remembered
@@ -91,7 +92,6 @@ class InterceptedModel:
         self.module = module
         self._vocab_size = vocab_size
         self._takes_positions = accepts(module, "position_ids")
-        self._options = without_cache(module)
         self._agree = agree
         self._fresh = fresh or Remembered(module)
         self._forgets = False
@@ -139,7 +139,7 @@ class InterceptedModel:
 
     @torch.inference_mode()
     def _find_special_ids(self) -> list[int]:
-        tokens, arguments = self._example(SHORT_TRACE)
+        tokens, arguments = self._example(SHORT_TRACE - 2)  # of this length only here, if code remembers lengths
         return find_special_ids(self.module, tokens, arguments, vocab_size=self._vocab_size)
 
     def _fit_near(self, num_tokens: int, needs_attention: bool) -> tuple[ForwardTrace, list[FittedAttention]]:
@@ -178,6 +178,8 @@ class InterceptedModel:
             raise UnsupportedModelError("its code computes differently for different prompts")
         if short.counts != again.counts:
             raise UnsupportedModelError(COUNTS_ONCE)
+        if short.decisions != again.decisions:
+            raise UnsupportedModelError("its code decides by a number computed of all tokens of a prompt together")
         if short.num_rows is not None and short.num_rows < num_positions:
             raise UnsupportedModelError(
                 f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"
@@ -230,8 +232,8 @@ class InterceptedModel:
             patience_s=FAR_PATIENCE_S,
         )
         self._run_far(short)
-        farthest = num_positions - 1 + num_positions % 2
-        for num_tokens in sorted({min(length, farthest) for length in FAR_TRACES if length > num_near}):
+        lengths = (num_positions if num_positions < 1.05 * length else length for length in FAR_TRACES)
+        for num_tokens in sorted({length for length in lengths if num_near < length <= num_positions}):
             growth = (num_tokens / reached) ** 2
             if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and elapsed_s * growth <= FAR_PATIENCE_S):
                 break
@@ -327,7 +329,9 @@ class InterceptedModel:
         return tokens[None].to(device), self._arguments(torch.arange(num_tokens, device=device))
 
     def _arguments(self, position_ids: Tensor) -> dict[str, Any]:
-        return self._options | ({"position_ids": position_ids[None]} if self._takes_positions else {})
+        """What goes with tokens at these positions ([T] int64)."""
+        arguments = with_positions(plain_arguments(self.module, position_ids[None]), position_ids)
+        return arguments | ({"position_ids": position_ids[None]} if self._takes_positions else {})
 
 
 def _kind_of(trace: ForwardTrace) -> tuple[AttentionRung, str]:
