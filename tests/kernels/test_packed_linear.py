@@ -111,7 +111,7 @@ def plain_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     flags = tuple(flag for flag in jit.FLAGS if not flag.startswith("-march"))
     monkeypatch.setattr(jit, "FLAGS", flags)
     monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path))
-    caches = (jit.native_library, kernel._panel_features)
+    caches = (jit.native_library, kernel.panel_features)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -13,7 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shardwright.errors import UnsupportedModelError
+from shardwright.kernels.packed_codes import PackedCodes
 from shardwright.kernels.quantized_weight import dequantize
+from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.parallel import become
 from shardwright.layers.parallel_module import DividedInput, SummedOutput
 from shardwright.layers.quantized_linear import (
@@ -155,3 +157,19 @@ def test_weights_that_are_on_other_ranks_are_left_empty() -> None:
     quantize_linears(module, weights, INT8)
     assert isinstance(module[0], QuantizedLinear)
     assert type(module[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("format", [INT8, INT4, WeightFormat(4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_codes_give_the_same(format: WeightFormat, dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Linear(48, 20), nn.Linear(20, 7, bias=False)).to(dtype).requires_grad_(False)
+    quantize_all(module, format)
+    x = torch.linspace(-2, 2, 5 * 48).view(1, 5, 48).to(dtype)
+    expected, weight, size = module(x), module[0].weight, weight_bytes(module)
+    replace_linears(module)
+    assert all(isinstance(linear.quantized_weight, PackedCodes) for linear in module)
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-6
+    torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(module[0].weight, weight)
+    assert weight_bytes(module) < 3 * size  # panels are filled up
+    assert module.to("meta")[0].quantized_weight.scales.is_meta

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shardwright.adapt.paged import ForwardInputs
+from shardwright.attention.layout import StepLayout
 from shardwright.replay.affine import Recording, common_recording
 from shardwright.replay.program import Program
 from shardwright.replay.trace import Trace, TraceMode
@@ -20,7 +22,9 @@ Function = Callable[[Tensor, Tensor], Tensor]
 def inputs_of(num_tokens: int, seed: int = 0) -> ForwardInputs:
     generator = torch.Generator().manual_seed(seed)
     ids, positions = (torch.randint(ROWS, (num_tokens,), generator=generator) for _ in range(2))
-    return ForwardInputs(ids, positions, [], [], torch.arange(num_tokens))
+    ones = np.ones(num_tokens, dtype=np.int64)
+    layout = StepLayout(positions.numpy(), ones, np.arange(num_tokens + 1))
+    return ForwardInputs(ids, positions, [], [], torch.arange(num_tokens), layout, [])
 
 
 def features(inputs: ForwardInputs, table: Tensor) -> Tensor:

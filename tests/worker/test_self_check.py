@@ -167,9 +167,26 @@ def test_code_that_adds_a_mask_of_transformers_is_packed(model_type: str) -> Non
     assert climbed(module).rung is AttentionRung.DATAFLOW
 
 
-def test_models_that_cannot_be_packed_keep_their_own_cache() -> None:
+def test_attention_that_is_more_than_attention_runs_over_pages() -> None:
     """Doge adds to its scores what it computes from values; as its constructor leaves it, that is nothing."""
+    model = climbed(draw(make_config("doge", {}), seed=0))
+    assert isinstance(model, PackedModel)
+    assert model.rung is AttentionRung.INTERFACE
+    assert model.rung_reason == "2 layers run their own attention over pages, a request at a time"
+    assert model.takes_chunks
+    assert model.reuses_prefixes
+    assert model.record(num_positions=256, vocab_size=128, most_tokens=64, most_rows=64) is not None
+
+
+def test_models_that_cannot_be_packed_keep_their_own_cache() -> None:
+    """Doge, when it is not told positions, counts them by the length of its cache."""
     module = draw(make_config("doge", {}), seed=0)
+    forward = module.forward
+
+    def without_positions(self, input_ids, past_key_values=None, use_cache=None, return_dict=None):  # type: ignore[no-untyped-def]
+        return forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    module.forward = without_positions.__get__(module)
     assert isinstance(module, GenerationMixin)
     model = climbed(module)
     assert model.rung is AttentionRung.PER_REQUEST

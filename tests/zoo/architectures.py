@@ -85,7 +85,7 @@ MIXED: Table = {
 }
 """Experts, latent attention, chunks, sinks, and several of them at once."""
 
-LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
+LATENT = ("deepseek_v2", "deepseek_v3", "dots3_note_text", "minicpm3")
 """Keys and values are made of latents, which are cached in their place."""
 
 OWN_ATTENTION: Table = {
@@ -95,19 +95,56 @@ OWN_ATTENTION: Table = {
 }
 """They compute their attention themselves; slopes by distance among them, of five heads too."""
 
+INDEXED: dict[str, Any] = {"num_key_value_heads": 4, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}
+
+SMALLER: dict[str, Any] = {
+    "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 24, "kv_lora_rank": 12, "head_dim": 24,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
+
+OVER_PAGES: Table = {
+    "doge": {},
+    "dots3_note_text": INDEXED
+    | {
+        "head_dim": 24, "shared_experts_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"] * 2,
+        "num_hidden_layers": 4, "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        "per_layer_config": {"1": SMALLER, "3": SMALLER},
+    },
+    "glm_moe_dsa": INDEXED
+    | {
+        "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"], "layer_types": ["indexed_attention"] * 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+}  # fmt: skip
+"""Attention that chooses tokens by an index or by values: it runs as it is, over what it keeps of each token."""
+
 LINEAR_LAYERS = ["full_attention", "linear_attention"] * 2
 """The first one is full: Transformers' MiniMax counts positions by its keys, so that its own cache is wrong else."""
 
 STATES: Table = {
+    "inkling2_text": {
+        "unpadded_vocab_size": 128, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
+        "sliding_window_size": 16, "rel_extent": 24, "log_scaling_n_floor": 16, "d_rel": 8,
+        "layer_types": ["hybrid_sliding", "hybrid"], "num_hidden_layers": 2,
+    },
     "minimax": {"block_size": 8, "layer_types": LINEAR_LAYERS},
     "qwen3_next": {
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
         "linear_value_head_dim": 16, "layer_types": LINEAR_LAYERS, "num_hidden_layers": 4,
     },
+    "qwen4_exp_text": {
+        "hc_count": 2, "hc_lowrank": 8, "split_ngram_parts": 1, "ple_layer_ids": [1], "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 16, "ple_embed_dim": 64,
+        "indexer_n_heads": 8, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+        "indexer_compress_ratio": 4, "eos_token_id": 2,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "indexed_attention"], "num_hidden_layers": 2,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 64},
     "rwkv": {"attention_hidden_size": 64},
 }  # fmt: skip
-"""Layers with a state: in Transformers' cache, in a cache class of the model's own, on its modules, handed out."""
+"""Layers with a state: in Transformers' cache, in a cache class of the model's own, on its modules, handed out. Beside
+some of them, or with a state inside, is attention as in OVER_PAGES."""
 
-QUICK = ("bloom", "deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "llama4_text", "mistral")
+QUICK = ("bloom", "deepseek_v3", "gemma2", "glm_moe_dsa", "gpt2", "gpt_oss", "llama", "llama4_text", "mistral")
 """One of each kind, for the daily run."""

@@ -21,6 +21,7 @@ class Architecture:
     reference: Reference
     rung: str = "interface"
     caches_latents: bool = False
+    runs_over_pages: bool = False
 
     @contextmanager
     def engine(self, **options: object) -> Iterator[LLM]:
@@ -29,6 +30,7 @@ class Architecture:
         with LLM(str(self.reference.path), **(fixed | options)) as llm:
             assert llm.info.attention_rung == self.rung, llm.info.attention_reason
             assert ("cache one latent of" in llm.info.attention_reason) == self.caches_latents
+            assert ("run their own attention over pages" in llm.info.attention_reason) == self.runs_over_pages
             yield llm
             assert llm.stats.num_free_blocks == llm.stats.num_blocks
 

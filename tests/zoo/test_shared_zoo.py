@@ -18,9 +18,6 @@ from shardwright import LLM, SamplingParams
 
 ZOO = Path(os.environ.get("SHARDWRIGHT_ZOO") or Path(__file__).parents[3] / "shared" / "zoo")
 ENTRIES = json.loads((ZOO / "entries.json").read_text()) if (ZOO / "zoo.py").exists() else {}
-OWN_MASKS = {"doge"}
-"""Dense models whose code computes its attention mask from the data: served with their own cache."""
-
 STATES = ("jamba", "kimi_linear", "mamba2", "minimax", "qwen3_next", "recurrent_gemma", "rwkv")
 SAMPLE = {*list(ENTRIES)[::4], *STATES}
 """What every run of the tests has of them; `make sweep` runs the rest."""
@@ -65,7 +62,7 @@ def test_tokens_equal_the_reference(models: Path, name: str) -> None:
     for options in ({}, {"max_num_batched_tokens": 7, "max_num_seqs": 4}):
         with LLM(str(models / name), dtype="float32", **options) as llm:  # type: ignore[arg-type]
             if ENTRIES[name]["family"] in ("dense", "sliding"):
-                assert (llm.info.attention_rung == "interface") == (name not in OWN_MASKS), llm.info.attention_reason
+                assert llm.info.attention_rung == "interface", llm.info.attention_reason
             outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
             assert [output.outputs[0].token_ids for output in outputs] == expected
             for prompt, tokens in zip(prompts, expected, strict=True):

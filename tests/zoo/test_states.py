@@ -11,7 +11,8 @@ from tests.zoo.served import Architecture
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in STATES])
 def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     directory = tmp_path_factory.mktemp("states") / request.param
-    return Architecture(build(request.param, STATES[request.param], directory), rung="state")
+    reference = build(request.param, STATES[request.param], directory)
+    return Architecture(reference, rung="state", runs_over_pages=request.param in ("inkling2_text", "qwen4_exp_text"))
 
 
 def test_alone_then_batched(architecture: Architecture) -> None:

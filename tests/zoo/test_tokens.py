@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.zoo.architectures import FULL, LATENT, MIXED, OWN_ATTENTION, QUICK, SLIDING
+from tests.zoo.architectures import FULL, LATENT, MIXED, OVER_PAGES, OWN_ATTENTION, QUICK, SLIDING
 from tests.zoo.builder import PROMPT_LENGTHS, build
 from tests.zoo.served import Architecture
 
-ARCHITECTURES = FULL | SLIDING | MIXED | OWN_ATTENTION
+ARCHITECTURES = FULL | SLIDING | MIXED | OWN_ATTENTION | OVER_PAGES
 
 
 @pytest.fixture(
@@ -18,7 +18,9 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     directory = tmp_path_factory.mktemp("zoo") / request.param
     rung = "dataflow" if request.param in OWN_ATTENTION else "interface"
     reference = build(request.param, ARCHITECTURES[request.param], directory)
-    return Architecture(reference, rung, caches_latents=request.param in LATENT)
+    return Architecture(
+        reference, rung, caches_latents=request.param in LATENT, runs_over_pages=request.param in OVER_PAGES
+    )
 
 
 @pytest.mark.sweep

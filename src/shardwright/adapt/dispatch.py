@@ -67,14 +67,23 @@ def blank_masks() -> Iterator[None]:
     For code that adds a mask to scores which nobody computes. The true mask would look at positions, see several
     sequences in them, and be built in another way than for one.
     """
-    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = _blank_mask
     find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        with eager_masks(_blank_mask):
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+@contextmanager
+def eager_masks(make: Callable[..., Tensor]) -> Iterator[None]:
+    """While open, masks for "eager" attention are made by `make`."""
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = make
     try:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
-        masking_utils.find_packed_sequence_indices = find
 
 
 def _blank_mask(

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.latent import LatentProjection
-from shardwright.attention.layout import AttentionBackend, AttentionParams
+from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class ForwardInputs:
     """Per cache group, what AttentionBackend.prepare returned."""
     logits_rows: Tensor
     """[R] int64: tokens whose next-token logits are wanted."""
+    layout: StepLayout
+    block_tables: Sequence[np.ndarray]
+    """Per cache group, [S, max blocks] int32, rows in the order of the layout."""
 
 
 @dataclass(frozen=True, slots=True)

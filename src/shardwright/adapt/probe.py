@@ -20,7 +20,7 @@ from shardwright.adapt.count_calls import Count, CountCalls
 from shardwright.adapt.counting import COUNTS_ONCE, CountFollower, CountingMode, Use
 from shardwright.adapt.dispatch import PROBE, AttentionHandler, handling
 from shardwright.adapt.latent import LatentFinder, LatentSearch, find_latents
-from shardwright.adapt.visibility import read_visibility
+from shardwright.adapt.visibility import SeenMasks
 from shardwright.attention.layout import AttentionParams
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind
 from shardwright.errors import UnsupportedModelError
@@ -54,28 +54,14 @@ class ProbeHandler:
     def __init__(self, model: nn.Module, num_positions: int, finder: LatentFinder | None = None) -> None:
         self.calls: list[AttentionCall] = []
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._num_positions = num_positions
         self._finder = finder
-        self._visibilities: dict[int, Visibility | UnsupportedModelError] = {}
-        self._masks: list[Tensor] = []
+        self._masks = SeenMasks(num_positions)
 
     def make_mask(self, mask_function: Callable[..., Any], options: dict[str, Any]) -> Tensor:
-        """A mask that lets everything through; its storage tells later which one it is, also through slices.
-
-        Models also make masks that none of their layers uses, so one that we can't serve is no error yet.
-        """
-        visibility: Visibility | UnsupportedModelError
-        try:
-            visibility = read_visibility(
-                mask_function, num_positions=self._num_positions, size_hint=options.get("local_size")
-            )
-        except UnsupportedModelError as exc:
-            visibility = exc
+        """A mask that lets everything through, and tells later which one it is."""
         shape = (1, 1, options.get("q_length", NUM_PROBE_TOKENS), options.get("kv_length", NUM_PROBE_TOKENS))
         mask = torch.zeros(shape, dtype=options.get("dtype", torch.float32), device=options.get("device"))
-        self._masks.append(mask)  # keeps the storage alive, so that its identity stays unique
-        self._visibilities[mask.untyped_storage()._cdata] = visibility
-        return mask
+        return self._masks.note(mask, mask_function, options.get("local_size"))
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
@@ -93,6 +79,8 @@ class ProbeHandler:
         for bias in ("position_bias", "attention_bias", "alibi"):
             if options.get(bias) is not None:
                 raise UnsupportedModelError(f"{name} adds a {bias} to its attention scores")
+        if options.get("indices") is not None:
+            raise UnsupportedModelError(f"{name} chooses by its data which tokens it attends to")
         if self._finder is not None:
             self._finder.look(len(self.calls), key[0], value[0])
         scale = options.get("scaling")
@@ -119,11 +107,12 @@ class ProbeHandler:
     def _visibility(self, name: str, mask: Tensor | None, sliding_window: int | None) -> Visibility:
         if mask is None:  # the code leaves the mask to the attention function
             return Visibility(VisibilityKind.SLIDING, sliding_window) if sliding_window else Visibility()
-        visibility = self._visibilities.get(mask.untyped_storage()._cdata)
+        try:
+            visibility = self._masks.find(mask)
+        except UnsupportedModelError as exc:
+            raise UnsupportedModelError(f"{name}: {exc}") from exc
         if visibility is None:
             raise UnsupportedModelError(f"{name} uses an attention mask that its code builds itself")
-        if isinstance(visibility, UnsupportedModelError):
-            raise UnsupportedModelError(f"{name}: {visibility}") from visibility
         return visibility
 
 
@@ -158,7 +147,7 @@ def probe_attention(model: nn.Module, *, num_positions: int, needs_attention: bo
     """
     handler = ProbeHandler(model, num_positions)
     set_attention(model, PROBE)
-    _run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS)
+    run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS)
     if needs_attention and not handler.calls:
         raise UnsupportedModelError("its code never calls Transformers' attention interface")
     return handler.calls
@@ -179,7 +168,7 @@ def probe_counts(model: nn.Module, agree: Callable[[bool], bool] = bool) -> dict
 
     def look() -> dict[Count, Use]:
         follower = CountFollower(CountCalls(), NUM_COUNTED_TOKENS)
-        _run_probe(model, ValuesHandler(), num_tokens=NUM_COUNTED_TOKENS, watching=CountingMode(follower))
+        run_probe(model, ValuesHandler(), num_tokens=NUM_COUNTED_TOKENS, watching=CountingMode(follower))
         return follower.uses
 
     uses = agreed(look, agree)
@@ -188,13 +177,17 @@ def probe_counts(model: nn.Module, agree: Callable[[bool], bool] = bool) -> dict
     return uses
 
 
-def _run_probe(
+def run_probe(
     model: nn.Module,
     handler: AttentionHandler,
     *,
     num_tokens: int,
     watching: AbstractContextManager[Any] | None = None,
 ) -> None:
+    """Run a few tokens through a model whose attention calls go to a handler.
+
+    Raises: UnsupportedModelError if its code fails.
+    """
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": torch.zeros(1, num_tokens, dtype=torch.int64, device=device)}
     if device.type == "meta":  # with positions the mask code would look at their values
@@ -225,7 +218,7 @@ def probe_latents(
 
     def run(finder: LatentFinder) -> None:
         handler = ProbeHandler(model, num_positions, finder)
-        _run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS, watching=finder.watching())
+        run_probe(model, handler, num_tokens=NUM_PROBE_TOKENS, watching=finder.watching())
 
     return find_latents(model, [call.spec for call in calls], run, agree=agree)
 
@@ -242,6 +235,11 @@ def set_attention(model: nn.Module, implementation: str) -> None:
         model.set_attn_implementation(implementation)  # type: ignore[operator]
     except Exception as exc:
         raise UnsupportedModelError(f"its attention cannot be replaced: {described(exc)}") from exc
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache."""
+    return "cache_params" if accepts(model, "cache_params") else "past_key_values"
 
 
 def accepts(model: nn.Module, argument: str, *, or_any: bool = False) -> bool:

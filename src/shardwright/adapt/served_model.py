@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardwright.adapt import dispatch
@@ -15,8 +16,20 @@ from shardwright.adapt.count_answers import AnsweringMode, CountAnswers
 from shardwright.adapt.count_calls import CountCalls
 from shardwright.adapt.latent import LatentTaps, no_latents
 from shardwright.adapt.logits import logits_of, rows_of
+from shardwright.adapt.own_attention import OwnAttention
+from shardwright.adapt.own_probe import find_own_calls
+from shardwright.adapt.own_requests import LonePrompt, OwnRequests, PagedRequests
 from shardwright.adapt.paged import ForwardInputs, PagedStep
-from shardwright.adapt.probe import AttentionCall, accepts, probe_attention, probe_counts, probe_latents, set_attention
+from shardwright.adapt.probe import (
+    NUM_COUNTED_TOKENS,
+    NUM_PROBE_TOKENS,
+    AttentionCall,
+    accepts,
+    probe_attention,
+    probe_counts,
+    probe_latents,
+    set_attention,
+)
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionBackend
@@ -32,6 +45,9 @@ class ServedModel:
         num_positions: longest sequence that will be served.
         needs_attention: whether a model that never attends is refused.
         expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
+        own_rows: dtype of what modules keep whose attention cannot be captured, and that run their own over pages;
+            None: there may be none.
+        has_states: whether it has layers that carry states, which somebody takes care of.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if its attention cannot be captured, with the reason.
@@ -44,15 +60,23 @@ class ServedModel:
         num_positions: int,
         needs_attention: bool = True,
         expanded_because: str = "",
+        own_rows: torch.dtype | None = None,
+        has_states: bool = False,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         dispatch.register()
         self.module = module
         self.rung = AttentionRung.INTERFACE
         self._takes_positions = accepts(module, "position_ids", or_any=True)
+        self.own: OwnAttention | None = None
+        if own_rows is not None:
+            find = partial(find_own_calls, module, num_positions=num_positions, has_states=has_states)
+            self.own = OwnAttention(module, agreed(find, agree), dtype=own_rows)
+            needs_attention = False
         probe = partial(probe_attention, module, num_positions=num_positions, needs_attention=needs_attention)
-        self.calls: list[AttentionCall] = agreed(probe, agree)
-        if self.calls and not self._takes_positions:
+        with self._looking(NUM_PROBE_TOKENS):
+            self.calls: list[AttentionCall] = agreed(probe, agree)
+        if (self.calls or self.own) and not self._takes_positions:
             raise UnsupportedModelError(
                 f"{type(module).__name__}.forward takes no position_ids, so tokens of several requests cannot be packed"
             )
@@ -60,18 +84,26 @@ class ServedModel:
         if expanded_because or not self._takes_positions:
             self.latents = no_latents(specs, expanded_because)
         else:
-            self.latents = probe_latents(module, self.calls, num_positions=num_positions, agree=agree)
+            with self._looking(NUM_PROBE_TOKENS):
+                self.latents = probe_latents(module, self.calls, num_positions=num_positions, agree=agree)
         self._taps = LatentTaps(module, self.latents.by_call)
         how = "attention calls go through Transformers' attention interface"
-        self.rung_reason = f"{len(self.calls)} {how}{self.latents.describe()}"
-        self.layers: list[LayerSpec] = self.latents.cached(specs)
+        captured = f"{len(self.calls)} {how}{self.latents.describe()}"
+        self.rung_reason = "; ".join(([captured] if self.calls or self.own is None else []) + self.own_reasons)
+        self.layers: list[LayerSpec] = self.latents.cached(specs) + ([] if self.own is None else self.own.layers)
         self.groups: list[CacheGroup] = group_layers(self.layers)
         self.head = output_head(module)
         set_attention(module, dispatch.SERVE)
         self._counts: CountAnswers | None = None
         if self._takes_positions and next(module.parameters()).device.type != "meta":
-            uses = probe_counts(module, agree)
+            with self._looking(NUM_COUNTED_TOKENS):
+                uses = probe_counts(module, agree)
             self._counts = CountAnswers(CountCalls(), uses, num_positions) if uses else None
+
+    @property
+    def own_reasons(self) -> list[str]:
+        """What of modules that run their own attention a reader of the rung's reason wants to know."""
+        return [] if self.own is None else [self.own.describe()]
 
     def forget(self) -> None:
         """Nothing to do: code that remembers what it may not is not served like this."""
@@ -107,13 +139,23 @@ class ServedModel:
         backend: AttentionBackend,
         options: dict[str, Any],
     ) -> Tensor:
-        handler = PagedAttention(self.calls, self._taps, PagedStep(inputs, cache, backend))
+        step = PagedStep(inputs, cache, backend)
+        handler = PagedAttention(self.calls, self._taps, step)
         tokens, position_ids = inputs.input_ids.view(shape), inputs.position_ids.view(shape)
         if self._takes_positions:
             options = {"position_ids": position_ids} | options
-        with dispatch.handling(handler), self._taps.open(), self._answered_counts(position_ids):
+        own = self._serving(PagedRequests(step, in_batch=shape[1] == 1), first_layer=len(self.calls))
+        with dispatch.handling(handler), self._taps.open(), self._answered_counts(position_ids), own:
             output = self.module(input_ids=tokens, **options)
         return logits_of(output)
+
+    def _looking(self, num_tokens: int) -> AbstractContextManager[None]:
+        """Open around a look at the model with a prompt of so many tokens."""
+        return self._serving(LonePrompt(num_tokens))
+
+    def _serving(self, requests: OwnRequests, first_layer: int = 0) -> AbstractContextManager[None]:
+        """Open around a forward pass: modules that run their own attention are called a request at a time."""
+        return nullcontext() if self.own is None else self.own.serving(requests, first_layer)
 
     @contextmanager
     def _answered_counts(self, position_ids: Tensor) -> Iterator[None]:

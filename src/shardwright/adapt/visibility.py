@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwright.cache.spec import Visibility, VisibilityKind
 from shardwright.errors import UnsupportedModelError
@@ -58,6 +59,42 @@ def read_visibility(mask_function: Callable[..., Any], *, num_positions: int, si
         if all(candidate.first_visible(query) == first for query, first in asked.items()):
             return candidate
     raise UnsupportedModelError("its attention mask is neither full, sliding nor chunked")
+
+
+class SeenMasks:
+    """Masks that were made in a forward pass, told by their storage, also through slices.
+
+    Models also make masks that none of their layers uses, so one that we can't serve is no error yet.
+
+    Args:
+        num_positions: positions that will occur.
+    """
+
+    def __init__(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        self._masks: list[Tensor] = []
+        self._visibilities: dict[int, Visibility | UnsupportedModelError] = {}
+
+    def note(self, mask: Tensor, mask_function: Callable[..., Any], size_hint: int | None) -> Tensor:
+        """See a mask, and what it was made of; returns it."""
+        visibility: Visibility | UnsupportedModelError
+        try:
+            visibility = read_visibility(mask_function, num_positions=self._num_positions, size_hint=size_hint)
+        except UnsupportedModelError as exc:
+            visibility = exc
+        self._masks.append(mask)  # keeps the storage alive, so that its identity stays unique
+        self._visibilities[mask.untyped_storage()._cdata] = visibility
+        return mask
+
+    def find(self, tensor: Tensor) -> Visibility | None:
+        """What a mask means; None if the tensor is none of those seen.
+
+        Raises: UnsupportedModelError if it is none of the kinds we know.
+        """
+        visibility = self._visibilities.get(tensor.untyped_storage()._cdata)
+        if isinstance(visibility, UnsupportedModelError):
+            raise visibility
+        return visibility
 
 
 class _OnMetaError(Exception):

@@ -108,4 +108,4 @@ def _zeros(num_slots: int, width: int, *, dtype: torch.dtype, device: torch.devi
 
 
 def _heads(lane: Tensor, num_heads: int, dim: int) -> Tensor:
-    return lane[:, : num_heads * dim].view(-1, num_heads, dim)
+    return lane[:, : num_heads * dim].view(len(lane), num_heads, dim)

@@ -80,6 +80,11 @@ class LayerSpec:
     of all query heads are made of (see attention/latent.py)."""
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is no attention of ours that reads it: a row of whatever the module's own attention keeps."""
+        return not self.value_dim
+
+    @property
     def key_elements(self) -> int:
         """Numbers kept per token as keys, of all KV heads."""
         return self.num_kv_heads * self.key_dim

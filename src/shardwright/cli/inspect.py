@@ -154,6 +154,7 @@ def describe_attention(served: StepModel | ServedModel) -> dict[str, Any]:
         "replaced": [
             {"module": layer.name, "what": "attention", "by": f"{how_attended(layer)}, {layer.visibility.kind}"}
             for layer in served.layers
+            if not layer.is_own
         ],
     }
 

@@ -18,8 +18,9 @@ _HALF = torch.bfloat16
 PACKED_TYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 """Types of weights that can be packed, and what they become."""
 
-_library = torch.library.Library("shardwright", "FRAGMENT")
-_library.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outer) -> Tensor")
+LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
+"""Our operators, which PyTorch's modes see."""
+LIBRARY.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outer) -> Tensor")
 
 
 def is_available() -> bool:
@@ -29,7 +30,7 @@ def is_available() -> bool:
 
 def packed_elements(outer: int, inner: int) -> int:
     """Numbers in a packed weight of [outer, inner]: whole panels."""
-    return -(-outer // _panel_features()) * _panel_features() * inner
+    return -(-outer // panel_features()) * panel_features() * inner
 
 
 def pack_weight(weight: Tensor, into: Tensor | None = None) -> Tensor:
@@ -56,6 +57,15 @@ def pack_weight(weight: Tensor, into: Tensor | None = None) -> Tensor:
         ctypes.c_void_p(into.data_ptr()),
     )
     return into
+
+
+def unpack_weight(packed: Tensor, outer: int, inner: int) -> Tensor:
+    """The weight as it was: [outer, inner]."""
+    panel = panel_features()
+    panels = packed.view(-1, inner, panel)
+    if packed.dtype is _HALF:  # the first half of a panel's features at even places, as native/packed.h says
+        panels = torch.cat((panels[..., ::2], panels[..., 1::2]), dim=-1)
+    return panels.transpose(1, 2).reshape(-1, inner)[:outer]
 
 
 def packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int) -> Tensor:
@@ -107,14 +117,15 @@ def _shape_alone(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int)
     return input.new_empty(len(input), outer)
 
 
-_library.impl("packed_linear", _packed_linear, "CPU")
-_library.impl("packed_linear", _shape_alone, "Meta")
+LIBRARY.impl("packed_linear", _packed_linear, "CPU")
+LIBRARY.impl("packed_linear", _shape_alone, "Meta")
 PACKED_LINEAR = torch.ops.shardwright.packed_linear.default
 """What modes that watch operators see."""
 
 
 @cache
-def _panel_features() -> int:
+def panel_features() -> int:
+    """Output features of a panel on this machine."""
     library = native_library("packed")
     assert library is not None, "is_available comes first"
     library.panel_features.restype = ctypes.c_int64

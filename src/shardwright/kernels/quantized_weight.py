@@ -64,13 +64,26 @@ def quantize(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
 
 def dequantize(weight: QuantizedWeight, first: int = 0, last: int | None = None) -> Tensor:
     """Rows of the matrix that codes stand for: [last - first, inputs], float32. Each value is rounded once or twice."""
-    codes = weight.codes[first:last]
-    values = _unpacked(codes)[:, : weight.inputs] if codes.dtype is torch.uint8 else codes[:, : weight.inputs]
-    group = torch.arange(weight.inputs, device=codes.device) // weight.group_size
+    values = numbers(weight, first, last)
+    group = torch.arange(weight.inputs, device=values.device) // weight.group_size
     matrix = values.float() * weight.scales[first:last].float()[:, group]
     if weight.minimums is not None:
         matrix += weight.minimums[first:last].float()[:, group]
     return matrix
+
+
+def numbers(weight: QuantizedWeight, first: int = 0, last: int | None = None) -> Tensor:
+    """Codes of some rows, a number each: [last - first, inputs], int8 of 8 bits and uint8 of 4."""
+    codes = weight.codes[first:last]
+    return _unpacked(codes)[:, : weight.inputs] if codes.dtype is torch.uint8 else codes[:, : weight.inputs]
+
+
+def from_numbers(codes: Tensor, scales: Tensor, minimums: Tensor | None, *, group_size: int) -> QuantizedWeight:
+    """The weight whose codes are a byte each, [outputs, inputs] uint8, whatever their sign."""
+    inputs = codes.shape[1]
+    codes = F.pad(codes, (0, -inputs % BLOCK))
+    codes = codes.view(torch.int8) if minimums is None else _packed(codes)
+    return QuantizedWeight(codes.contiguous(), scales.contiguous(), minimums, inputs, group_size)
 
 
 def _quantized(weight: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,6 +65,7 @@ def pack_linears(module: nn.Module) -> int:
     """
     plain = (nn.Linear, *PARALLEL_LINEARS)
     linears: list[Any] = [m for m in module.modules() if type(m) in plain and m.weight.dtype in PACKED_TYPES]
+    linears = [linear for linear in linears if linear.weight.ndim == 2]  # those of other pipeline stages are empty
     sizes = [packed_elements(*m.weight.shape) * PACKED_TYPES[m.weight.dtype].itemsize for m in linears]
     starts = [0]
     for size in sizes:

@@ -10,6 +10,7 @@ of nn.Linear, whose forward may do something else.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import UnsupportedModelError
+from shardwright.kernels.packed_codes import PackedCodes, coded_linear, pack_codes, unpack_codes
 from shardwright.kernels.quantized_linear import quantized_linear
 from shardwright.kernels.quantized_weight import QuantizedWeight, dequantize, quantize
 from shardwright.layers.parallel import combined
@@ -29,8 +31,10 @@ from shardwright.weight_format import WeightFormat
 class Quantized(nn.Module):
     """In front of a linear: its product, with a weight of codes and scales."""
 
-    quantized_weight: QuantizedWeight
+    quantized_weight: QuantizedWeight | PackedCodes
     """What stands for the weight."""
+    wide_bias: Tensor | None
+    """In float32, of packed codes."""
     bias: Any
     weight_dtype: torch.dtype
     """As it was loaded."""
@@ -38,7 +42,7 @@ class Quantized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[outputs, inputs], for code that asks for it instead of calling the module: made anew each time."""
-        return dequantize(self.quantized_weight).to(self.weight_dtype)
+        return dequantize(self._unpacked()).to(self.weight_dtype)
 
     @property
     def quantized_bytes(self) -> int:
@@ -48,16 +52,29 @@ class Quantized(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs], dtype of the input."""
         weight = self.quantized_weight
+        if isinstance(weight, PackedCodes):
+            rows = input.reshape(math.prod(input.shape[:-1]), weight.inputs)
+            return coded_linear(rows, weight, self.wide_bias).view(*input.shape[:-1], weight.outputs)
         is_wide = input.dtype is torch.float32 or (input.device.type == "cpu" and not has_fast_half_products())
         compute_dtype = torch.float32 if is_wide else input.dtype
         rows = input.reshape(-1, weight.inputs)
         output = quantized_linear(rows, weight, self.bias, compute_dtype=compute_dtype)
         return output.view(*input.shape[:-1], weight.outputs)
 
+    def pack(self) -> None:
+        """Take the codes, which are on the CPU, to where the native product reads them."""
+        self.quantized_weight = pack_codes(self._unpacked())
+        self.wide_bias = None if self.bias is None else self.bias.detach().float()
+
+    def _unpacked(self) -> QuantizedWeight:
+        weight = self.quantized_weight
+        return unpack_codes(weight) if isinstance(weight, PackedCodes) else weight
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move to another device with the module; types stay as kernels know them."""
+        """Move to another device with the module, not packed; types stay as kernels know them."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
-        self.quantized_weight = self.quantized_weight.to(fn(self.quantized_weight.codes).device)
+        weight = self._unpacked()
+        self.quantized_weight = weight.to(fn(weight.codes).device)
         return self
 
 

@@ -24,7 +24,7 @@ MOST_DIMS, MOST_TENSORS, MOST_VALUES = 6, 4, 12
 TENSOR_WIDTH = 3 + 2 * MOST_DIMS
 WIDTH = 1 + MOST_VALUES + MOST_TENSORS * TENSOR_WIDTH
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2, torch.bool: 3, torch.int32: 4}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2, torch.bool: 3, torch.int32: 4, torch.uint8: 5}
 FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -10,7 +10,13 @@ from shardwright.replay.affine import Call, Place, Recording, tensors_in
 from shardwright.replay.fold import written_by
 from shardwright.replay.instructions import Instruction, Operation
 
-_INPUT = {"aten::linear": 0, "shardwright::packed_linear": 0, "aten::mm": 0, "aten::addmm": 1}
+_INPUT = {
+    "aten::linear": 0,
+    "shardwright::packed_linear": 0,
+    "shardwright::coded_linear": 0,
+    "aten::mm": 0,
+    "aten::addmm": 1,
+}
 """Products, and which of their arguments is multiplied."""
 
 
@@ -30,7 +36,7 @@ def joined(instructions: Sequence[Instruction]) -> list[Instruction]:
     result: list[Instruction] = []
     for instruction in instructions:
         if result and _share_input(result[-1], instruction):
-            instruction = replace(instruction, values=(1,))
+            instruction = replace(instruction, values=(1, *instruction.values[1:]))
         result.append(instruction)
     return result
 

@@ -79,6 +79,15 @@ def linear(out: Place, value: Place, packed: Place, bias: Place | None) -> Lower
     return [Instruction(Operation.LINEAR, (out, value, packed, bias))]
 
 
+def linear_of_codes(
+    out: Place, value: Place, codes: Place, addresses: tuple[int, int], group_size: int, bits: int, bias: Place | None
+) -> Lowered:
+    """As `linear`, for a packed weight of codes; `addresses` are those of its scales and minimums."""
+    if not are(FLOATS, out, value):
+        return None
+    return [Instruction(Operation.LINEAR, (out, value, codes, bias), (0, *addresses, group_size, bits))]
+
+
 def product(out: Place, value: Place, other: Place) -> Lowered:
     """[M, K] by [K, N]."""
     if not are(FLOATS, out, value, other):

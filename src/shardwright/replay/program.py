@@ -20,6 +20,7 @@ from shardwright.kernels.jit import native_library
 from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
 from shardwright.replay.arena import plan_arena
 from shardwright.replay.fold import folded
+from shardwright.replay.fuse import fused, needed_after, used_at_once
 from shardwright.replay.instructions import (
     FLOATS,
     MOST_VALUES,
@@ -84,6 +85,8 @@ class Program:
         instructions = self._lowered()
         self.num_host_calls = len(self._host)
         uses = self._used(instructions)
+        instructions = fused(instructions, needed_after(uses, recording.output.storage))
+        uses = used_at_once(instructions, uses)
         self._selection = find_selection(instructions, uses, recording)
         if self._selection is None:
             most_tokens = most_rows = min(most_tokens, most_rows)

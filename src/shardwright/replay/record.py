@@ -145,6 +145,8 @@ class Recorder:
                 for table, group in zip(tables, groups, strict=True)
             ],
             logits_rows=torch.from_numpy(logits_rows),
+            layout=layout,
+            block_tables=tables,
         )
 
 

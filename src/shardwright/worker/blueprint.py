@@ -122,7 +122,7 @@ class Blueprint:
         """Capture the model's attention as serving it would, to look at it.
 
         A model of moderate size is checked against its own forward pass too, with its weights, or random ones if they
-        cannot be read. A large one stays on "meta", or gets zeros if its code looks at values, as routers do.
+        cannot be read. A large one stays on "meta", or gets zeros if its code looks at values, as some routers do.
 
         Raises: UnsupportedModelError, with the reason.
         """
@@ -137,10 +137,15 @@ class Blueprint:
                 device=torch.device("cpu"),
                 self_check=self.options.self_check,
             )
-        try:
-            return ServedModel(self.build(self.dtype), num_positions=self.max_model_len)
-        except UnsupportedModelError:
-            return ServedModel(fill_with_zeros(self.build(self.dtype)), num_positions=self.max_model_len)
+        problems = []
+        for place in (nn.Module.eval, _without_buffers, fill_with_zeros):
+            module = place(self.build(self.dtype))
+            for own_rows in (None, self.dtype):
+                try:
+                    return ServedModel(module, num_positions=self.max_model_len, own_rows=own_rows)
+                except UnsupportedModelError as exc:
+                    problems.append(exc)
+        raise problems[0]
 
     def is_large(self, num_parameters: int) -> bool:
         """Whether the model is looked at only for the first rung of the ladder, and not run against its own logits.
@@ -171,6 +176,11 @@ def resolve_max_model_len(asked: int | None, config: PretrainedConfig) -> int:
     if limit is not None and asked > limit:
         raise ConfigError(f"max_model_len is {asked:,} but the model has {limit:,} positions: lower it")
     return asked
+
+
+def _without_buffers(module: nn.Module) -> nn.Module:
+    """Put buffers on "meta" too: code may add them to what parameters make."""
+    return module.to("meta")
 
 
 def fill_with_zeros(module: nn.Module) -> nn.Module:

@@ -28,6 +28,7 @@ def build_inputs(
     row_of_token = np.repeat(step.rows, step.num_tokens)
     positions = np.arange(query_starts[-1]) + np.repeat(step.num_computed - query_starts[:-1], step.num_tokens)
     layout = StepLayout(step.num_computed, step.num_tokens, query_starts)
+    block_tables = [table[step.rows] for table in step.block_tables]
     place, offset = np.divmod(positions, backend.block_size)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -41,8 +42,9 @@ def build_inputs(
             for table in step.block_tables
         ],
         plans=[
-            backend.prepare(layout, table[step.rows], group.visibility)
-            for table, group in zip(step.block_tables, groups, strict=True)
+            backend.prepare(layout, table, group.visibility) for table, group in zip(block_tables, groups, strict=True)
         ],
         logits_rows=tensor(step.logits_rows),
+        layout=layout,
+        block_tables=block_tables,
     )

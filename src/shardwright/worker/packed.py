@@ -103,6 +103,8 @@ class PackedModel:
         """
         if not isinstance(self._backend, NativeBackend):
             return f"there are no native kernels for {self._device} and {self._dtype}"
+        if isinstance(self.served, ServedModel) and self.served.own is not None:
+            return self.served.own.describe()
         recorder = Recorder(
             self.served,
             self._backend,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,12 +54,13 @@ def batched_rungs(
     is_alone = parallel is None or parallel.num_ranks == 1
     is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
 
-    def packed(reason: str, *, expanded_because: str = "") -> StepModel:
+    def packed(reason: str, *, expanded_because: str = "", own_rows: torch.dtype | None = None) -> StepModel:
         served = ServedModel(
             module,
             num_positions=num_positions,
             needs_attention=is_whole,
             expanded_because=expanded_because,
+            own_rows=own_rows,
             agree=agree,
         )
         return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
@@ -78,7 +80,12 @@ def batched_rungs(
         )
 
     def with_state(
-        reason: str, *, expanded_because: str = "", takes_chunks: bool = True, decodes_together: bool = True
+        reason: str,
+        *,
+        expanded_because: str = "",
+        takes_chunks: bool = True,
+        decodes_together: bool = True,
+        own_rows: torch.dtype | None = None,
     ) -> StepModel:
         return StateSlotModel(
             module,
@@ -90,16 +97,15 @@ def batched_rungs(
             takes_chunks=takes_chunks,
             decodes_together=decodes_together,
             expanded_because=expanded_because,
+            own_rows=own_rows,
             agree=agree,
         )
 
-    return [
-        Rung(AttentionRung.INTERFACE, packed),
-        Rung(AttentionRung.DATAFLOW, intercepted),
-        Rung(AttentionRung.STATE, with_state),
-        Rung(AttentionRung.STATE, partial(with_state, takes_chunks=False)),
-        Rung(AttentionRung.STATE, partial(with_state, decodes_together=False)),
-    ]
+    captured = [Rung(AttentionRung.INTERFACE, packed), Rung(AttentionRung.DATAFLOW, intercepted)]
+    own = [Rung(AttentionRung.INTERFACE, partial(packed, own_rows=dtype))] if is_whole else []
+    ways_with_state: list[dict[str, Any]] = [{}, {"takes_chunks": False}, {"decodes_together": False}]
+    ways_with_state += [way | {"own_rows": dtype} for way in ways_with_state] if is_whole else []
+    return [*captured, *own, *(Rung(AttentionRung.STATE, partial(with_state, **way)) for way in ways_with_state)]
 
 
 def single_rungs(module: nn.Module, *, device: torch.device, parallel: ParallelConfig | None) -> list[Rung]:

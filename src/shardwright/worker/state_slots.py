@@ -40,6 +40,7 @@ class StateSlotModel:
         takes_chunks: whether its layers go on from a state with more than one token.
         decodes_together: whether its code keeps sequences of a batch apart.
         expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
+        own_rows: see ServedModel.
         agree: whether all ranks that share the model say yes.
 
     Raises: UnsupportedModelError if it keeps no states, or its attention cannot be captured.
@@ -61,6 +62,7 @@ class StateSlotModel:
         takes_chunks: bool,
         decodes_together: bool,
         expanded_because: str = "",
+        own_rows: torch.dtype | None = None,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.takes_chunks = takes_chunks
@@ -71,12 +73,15 @@ class StateSlotModel:
             num_positions=num_positions,
             needs_attention=False,
             expanded_because=expanded_because,
+            own_rows=own_rows,
+            has_states=True,
             agree=agree,
         )
         self.layers = self._served.layers
         self.groups = self._served.groups or [CacheGroup(Visibility(), ())]
-        self.rung_reason = f"a state slot for each request; {len(self.layers)} attention layers are paged"
-        self.rung_reason += self._served.latents.describe()
+        paged = f"{len(self._served.calls)} attention layers are paged{self._served.latents.describe()}"
+        self.rung_reason = "; ".join(["a state slot for each request", paged, *self._served.own_reasons])
+        self.rung_reason += "; prefixes are not reused: no states of them are kept"
         if not decodes_together:
             self.rung_reason += "; decodes run one by one: its code mixes the sequences of a batch"
         self._backend = backend

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from shardwright.adapt.probe import accepts
+from shardwright.adapt.probe import accepts, cache_argument
 from shardwright.errors import UnsupportedModelError
 
 _KINDS = ("conv", "recurrent")
@@ -297,11 +297,6 @@ class FoundStates:
         looked = [(holder, value, list(_tensors(value))) for holder, value in found]
         self._restore(holders)
         return [entry for entry in looked if entry[2]]
-
-
-def cache_argument(module: nn.Module) -> str:
-    """What a model's forward calls its cache."""
-    return "cache_params" if accepts(module, "cache_params") else "past_key_values"
 
 
 def _batch_dim(name: str, shapes: list[torch.Size | None]) -> int:

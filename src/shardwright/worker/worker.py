@@ -203,15 +203,13 @@ def _expect_no_padding(module: nn.Module) -> None:
 
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
     """Let a model's steps be carried out natively, if they can be."""
-    problem: str | None = "its weights are quantized"
-    if config.model.weight_format is None:
-        sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
-        problem = model.record(
-            num_positions=blueprint.max_model_len,
-            vocab_size=blueprint.vocab_size,
-            most_tokens=sizes.max_num_batched_tokens,
-            most_rows=sizes.max_num_seqs,
-        )
+    sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
+    problem = model.record(
+        num_positions=blueprint.max_model_len,
+        vocab_size=blueprint.vocab_size,
+        most_tokens=sizes.max_num_batched_tokens,
+        most_rows=sizes.max_num_seqs,
+    )
     if problem is None:
         logger.debug("steps are recorded, and carried out natively")
     else:

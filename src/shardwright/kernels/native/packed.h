@@ -112,17 +112,20 @@ const float* arrange(const Tiles& tiles, int64_t inner, Read read) {
     return all;
 }
 
-// One weight, and where its products go.
+// A packed weight.
 template <typename W>
 struct Product {
     const W* weight;
     int64_t outer;
+    void multiply(int64_t panel, int64_t, int64_t tokens, const float* input, int64_t inner, float* sums) const {
+        multiply_tile(tokens, weight + panel * inner * PANEL, input, inner, sums);
+    }
 };
 
 // Products of the same tokens with several weights, cut among threads as one. emit(product, token, first feature, count, sums) takes what
 // comes out: `count` neighbouring features of one token, in a row that it may change.
-template <typename W, typename Emit>
-void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const Product<W>* products, int num_products, Emit emit) {
+template <typename P, typename Emit>
+void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const P* products, int num_products, Emit emit) {
     int64_t panels = 0;
     for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
     const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / std::max<int64_t>(inner * TILE * 4, 1));  // tiles
@@ -135,12 +138,12 @@ void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const Pr
             int64_t panel = place;
             int number = 0;
             for (int64_t own; panel >= (own = (products[number].outer + PANEL - 1) / PANEL); ++number) panel -= own;
-            const Product<W>& product = products[number];
+            const P& product = products[number];
             const int64_t feature = panel * PANEL, count = std::min<int64_t>(PANEL, product.outer - feature);
             alignas(64) float sums[TILE * PANEL];
             for (int64_t tile = first_tile; tile < last_tile; ++tile) {
                 const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-                multiply_tile(tokens, product.weight + panel * inner * PANEL, arranged + first * inner, inner, sums);
+                product.multiply(panel, first, tokens, arranged + first * inner, inner, sums);
                 for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
             }
         }

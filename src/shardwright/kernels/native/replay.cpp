@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "packed.h"
+#include "packed_codes.h"
 #include "step_attention.h"
 
 namespace {
@@ -15,7 +15,7 @@ constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_JOINED = 8
 constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
 constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
 
-enum Type : int64_t { F32, BF16, I64, BOOL, I32 };
+enum Type : int64_t { F32, BF16, I64, BOOL, I32, U8 };
 
 struct View {
     char* data;
@@ -278,6 +278,59 @@ void normalize(bool centred, float epsilon, const View* t) {
     });
 }
 
+// Rounds numbers as a tensor of a type would.
+inline void round_row(float* row, int64_t count, int64_t type) {
+    if (type == BF16)
+        for (int64_t i = 0; i < count; ++i) row[i] = widen(narrow(row[i]));
+}
+
+// A run of instructions on the same rows, see replay/fuse.py.
+void run_rows(const Instruction* run) {
+    const int64_t kept = run->value[MOST_VALUES - 2], count = run->value[MOST_VALUES - 1];
+    const int64_t dims = run->tensor[0].dims - 1;
+    int64_t rows = 1, longest = 1;
+    for (int64_t d = 0; d < dims; ++d) rows *= run->tensor[0].size[d];
+    for (int64_t i = 0; i < count; ++i)
+        for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * longest * count >= WORTH_THREADS)
+    for (int64_t row = 0; row < rows; ++row) {
+        thread_local std::vector<float> scratch;
+        scratch.resize(kept + 2 * longest);
+        float *own = scratch.data(), *extra[2] = {own + kept, own + kept + longest};
+        for (int64_t i = 0; i < count; ++i) {
+            const Instruction& in = run[i];
+            const View& out = in.tensor[0];
+            const bool reduces = in.operation >= SUM;
+            const int64_t length = in.tensor[1].size[dims];
+            const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
+            float* result = own + in.value[0];
+            float* first = reduces ? extra[0] : result;  // where the first input goes, and the result replaces it
+            for (int v = inputs; v >= 1; --v) {  // the first is the last to be read: the result may lie where others do
+                const View& view = in.tensor[v];
+                const int64_t step = view.stride[dims];
+                float* to = v == 1 ? first : extra[v - 2];
+                if (in.value[v] < 0) {
+                    const int64_t offset = offset_of(row, run->tensor[0].size, view.stride, dims);
+                    load_row(view.data + offset * bytes(view.type), view.type, step, length, to);
+                } else if (const float* from = own + in.value[v]; step == 0) {
+                    std::fill(to, to + length, *from);
+                } else if (from != to) {
+                    std::memmove(to, from, length * sizeof(float));
+                }
+            }
+            if (in.operation == AMAX) *result = *std::max_element(first, first + length);
+            else if (reduces) *result = sum_of(first, length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
+            else compute_row(in.operation, length, result, extra[0], extra[1]);
+            const int64_t made = reduces ? 1 : length;
+            round_row(result, made, out.type);
+            if (in.value[MOST_TENSORS]) {
+                const int64_t offset = offset_of(row, run->tensor[0].size, out.stride, dims);
+                store_row(result, made, out.data + offset * bytes(out.type), out.type, out.stride[dims]);
+            }
+        }
+    }
+}
+
 // out[i..., :] = table[index[i...], :]. Returns whether every index is one.
 bool take_rows(const View& out, const View& table, const View& index) {
     int64_t count = 1;
@@ -301,8 +354,21 @@ bool take_rows(const View& out, const View& table, const View& index) {
     return true;
 }
 
+template <typename P>
+P product_of(const Instruction& in, const Tiles& tiles, const float* arranged, int64_t inner) {
+    const int64_t outer = in.tensor[0].size[1];
+    if constexpr (std::is_same_v<P, Coded<Int8>> || std::is_same_v<P, Coded<Int4>>) {
+        const auto* minimums = reinterpret_cast<const uint16_t*>(in.value[2]);
+        const float* sums = minimums ? sum_groups(tiles, arranged, inner, in.value[3]) : nullptr;
+        return {reinterpret_cast<const uint8_t*>(in.tensor[2].data), reinterpret_cast<const uint16_t*>(in.value[1]), minimums, outer,
+                in.value[3], sums};
+    } else {
+        return {reinterpret_cast<decltype(P::weight)>(in.tensor[2].data), outer};
+    }
+}
+
 // out [M, N] = x [M, K] @ weight.T + bias [N], float32, for instructions that follow each other and have the same x; weights are packed.
-template <typename W>
+template <typename P>
 void linears(const Instruction* instructions, int count) {
     const View& x = instructions[0].tensor[1];
     const int64_t inner = x.size[1];
@@ -310,9 +376,8 @@ void linears(const Instruction* instructions, int count) {
     const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
         load_row(x.data + token * x.stride[0] * bytes(x.type), x.type, x.stride[1], inner, row);
     });
-    Product<W> products[MOST_JOINED];
-    for (int i = 0; i < count; ++i)
-        products[i] = {reinterpret_cast<const W*>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
+    P products[MOST_JOINED];
+    for (int i = 0; i < count; ++i) products[i] = product_of<P>(instructions[i], tiles, arranged, inner);
     multiply(tiles, arranged, inner, products, count, [&](int number, int64_t token, int64_t feature, int64_t features, float* sums) {
         const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
         if (bias.data)
@@ -391,6 +456,11 @@ extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_
     for (int64_t i = start; i < count; ++i) {
         const Instruction& in = instructions[i];
         const View* t = in.tensor;
+        if (in.operation >= COPY && in.operation <= AMAX && in.value[MOST_VALUES - 1]) {
+            run_rows(&in);
+            i += in.value[MOST_VALUES - 1] - 1;
+            continue;
+        }
         switch (in.operation) {
             case HOST: return i;
             case COPY: copy(t[0], t[1]); break;
@@ -404,8 +474,10 @@ extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_
                 while (joined < MOST_JOINED && i + joined < count && instructions[i + joined].operation == LINEAR &&
                        instructions[i + joined].value[0])
                     ++joined;
-                if (t[2].type == BF16) linears<uint16_t>(&in, joined);
-                else linears<float>(&in, joined);
+                if (t[2].type == BF16) linears<Product<uint16_t>>(&in, joined);
+                else if (t[2].type == F32) linears<Product<float>>(&in, joined);
+                else if (in.value[4] == 8) linears<Coded<Int8>>(&in, joined);
+                else linears<Coded<Int4>>(&in, joined);
                 i += joined - 1;
                 break;
             }
