@@ -10,8 +10,8 @@ SDPA = {
 DATAFLOW = {
     "alibi_bare", "alibi_buffer", "alibi_cached", "baddbmm_net", "bmm_gpt", "broadcast_groups", "capped_scores",
     "clipped_relative", "complex_rope", "cosine_scores", "document_mask", "einsum_net", "exp_sum", "flat_head",
-    "gathered_rope", "grouped_einsum", "growing_tables", "keys_first", "latent_parts", "mha_weights", "moe_loop",
-    "own_softmax", "sink_column", "start_position", "t5_bias", "time_first", "tril_gpt", "windowed_raw",
+    "gathered_rope", "grouped_einsum", "growing_tables", "keys_first", "latent_parts", "masked_exp", "mha_weights",
+    "moe_loop", "own_softmax", "sink_column", "start_position", "t5_bias", "time_first", "tril_gpt", "windowed_raw",
 }  # fmt: skip
 PER_REQUEST = {
     "talking_heads": "its weights are not the softmax of its scores",

@@ -183,8 +183,10 @@ def _fit_softmax(trace: AttentionTrace, query: Tensor, key: Tensor, *, is_shifte
         raise UnsupportedModelError(f"its weights are {tuple(weights.shape)}")
     columns = _columns(trace.scores, weights)
     scores, blank = (tensor[..., columns].float() for tensor in (trace.scores, trace.blank))
-    visibility = read_visibility(scores > HIDDEN)
-    seen = (scores > HIDDEN)[0]
+    allowed = scores > HIDDEN
+    if trace.blank_weights is not None and bool(allowed.all()):  # what is hidden is taken away after the exponential
+        allowed = trace.blank_weights != 0
+    visibility, seen = read_visibility(allowed), allowed[0]
     sums = weights.sum(-1)
     has_sinks = bool((1 - sums > LEAST_SINK + ROUNDINGS * precision).any())
     rows = torch.arange(length, device=blank.device)

@@ -54,7 +54,10 @@ MAX_FAR_BYTES = 1 << 30
 """A trace that would make a larger tensor is left out,"""
 
 FAR_PATIENCE_S = 2.0
-"""and so is one that would take longer, by the clock of this process; the shortest has to be done within it."""
+"""and so is one that would take longer, by the clock of this process;"""
+
+MOST_PATIENCE_S = 3.0
+"""one that takes that long all the same is given up, which only the shortest may not be."""
 
 REPEATED = 0.1
 """Share of an example's tokens that are the same as the one before: code may look for repetitions."""
@@ -229,7 +232,7 @@ class InterceptedModel:
             torch.zeros(1, dtype=torch.int64, device=device),
             num_tokens=SHORT_TRACE,
             vocab_size=self._vocab_size,
-            patience_s=FAR_PATIENCE_S,
+            patience_s=MOST_PATIENCE_S,
         )
         self._run_far(short)
         lengths = (num_positions if num_positions < 1.05 * length else length for length in FAR_TRACES)
@@ -245,17 +248,31 @@ class InterceptedModel:
                 rows,
                 num_tokens=num_tokens,
                 vocab_size=self._vocab_size,
-                patience_s=FAR_PATIENCE_S,
+                patience_s=MOST_PATIENCE_S,
             )
-            attentions = agreed(partial(self._look_far, mode, short, near, num_near, precision), self._agree)
+            is_first = reached == 1
+            look = partial(self._look_far, mode, short, near, num_near, precision, may_be_late=not is_first)
+            looked = agreed(look, self._agree)
+            if not self._agree(is_first or not mode.is_late):
+                break
+            attentions = looked
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
 
     def _look_far(
-        self, mode: FarMode, short: FarMode, near: list[FittedAttention], num_near: int, precision: float
+        self,
+        mode: FarMode,
+        short: FarMode,
+        near: list[FittedAttention],
+        num_near: int,
+        precision: float,
+        *,
+        may_be_late: bool,
     ) -> list[FittedAttention]:
         """The attentions as they are as far as a pass reaches; `short` is one of a few tokens."""
         failure = self._run_far(mode)
+        if mode.is_late and may_be_late:
+            return near
         if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
             raise UnsupportedModelError(f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}")
         for one, other in zip(short.met, mode.met, strict=False):  # as far as both went

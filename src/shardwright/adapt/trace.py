@@ -136,6 +136,7 @@ class TracingMode(TorchFunctionMode):
             if attention.scores is not None and attention.value is None and isinstance(product.left, Followed):
                 attention.value, attention.value_place = plain(product.right).detach(), place
                 attention.weights = plain(product.left).detach()
+                attention.blank_weights = product.left.blank.detach()
                 self._complete(attention)
             with torch._C.DisableTorchFunctionSubclass():
                 return plain(func(*args, **kwargs))
