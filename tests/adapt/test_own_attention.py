@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig
 
 from shardwright.adapt.own_attention import OwnAttention
-from shardwright.adapt.own_calls import OwnCall, Part, PerRequest, Role, Write, leaves_of
-from shardwright.adapt.own_requests import LonePrompt, OwnRequest, PagedRequests, make_mask
+from shardwright.adapt.own_calls import OwnCall, Part, PerTurn, Role, Write, leaves_of
+from shardwright.adapt.own_requests import LonePrompt, OwnRequest, OwnTurn, PagedRequests, make_mask
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.token_rows import TokenTensor
 from shardwright.attention.batched import BatchedBackend
@@ -63,11 +63,11 @@ def paths_of(*args: Any, **kwargs: Any) -> list[Any]:
     return [path for path, _ in leaves_of((args, kwargs))]
 
 
-def own_attention(model: Model) -> OwnAttention:
+def own_attention(model: Model, *, depends_on_context: bool = True) -> OwnAttention:
     x = torch.zeros(1, 2, WIDTH)
-    tokens, opaque = Part(Role.TOKENS, 1, 0), Part(Role.TOKENS, 1, 0, depends_on_context=True)
+    tokens, opaque = Part(Role.TOKENS, 1, 0), Part(Role.TOKENS, 1, 0, depends_on_context=depends_on_context)
     mask, cache = Part(Role.MASK, visibility=Visibility()), Part(Role.CACHE)
-    kept = TokenTensor((1, 1, 2, WIDTH), 2, torch.float32)
+    kept = TokenTensor((1, 1, 2, WIDTH), 2, torch.float32, batch_dim=0)
     results = dict(zip(paths_of(x, x), [tokens, opaque], strict=True))
     results = {path[1:]: known for path, known in results.items()}  # paths inside what is returned
     writes = (Write("update", (kept, kept)),)
@@ -83,8 +83,11 @@ def own_attention(model: Model) -> OwnAttention:
 class Served:
     """Steps of the model on a paged cache."""
 
-    def __init__(self, model: Model, num_requests: int) -> None:
-        self.model, self.own = model, own_attention(model)
+    def __init__(
+        self, model: Model, num_requests: int, *, together: bool = False, depends_on_context: bool = True
+    ) -> None:
+        self.model, self.together = model, together
+        self.own = own_attention(model, depends_on_context=depends_on_context)
         groups = group_layers(self.own.layers)
         self.cache = KVCache(
             self.own.layers, groups, num_blocks=6 * num_requests, block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU
@@ -98,7 +101,7 @@ class Served:
         layout = StepLayout(self.computed.copy(), counts, np.concatenate([[0], np.cumsum(counts)]))
         nothing = torch.zeros(int(counts.sum()), dtype=torch.int64)
         inputs = ForwardInputs(nothing, nothing, [nothing], [None], nothing, layout, [self.tables])
-        requests = PagedRequests(PagedStep(inputs, self.cache, self.backend), in_batch=in_batch)
+        requests = PagedRequests(PagedStep(inputs, self.cache, self.backend), in_batch=in_batch, together=self.together)
         packed = torch.cat(pieces)
         with self.own.serving(requests, 0):
             output = self.model(packed[:, None] if in_batch else packed[None])
@@ -110,19 +113,20 @@ def expected(model: Model, pieces: list[Tensor]) -> list[Tensor]:
     """The same of one request alone, by Transformers' cache."""
     caches, outputs, start = (DynamicCache(), DynamicCache()), [], 0
     for piece in pieces:
-        request = OwnRequest(0, 0, len(piece), start)
-        mask = make_mask(Visibility(), request, 0, implementation="eager", dtype=torch.float32, device=CPU)
+        turn = OwnTurn(0, (OwnRequest(0, 0, len(piece), start),))
+        mask = make_mask(Visibility(), turn, 0, implementation="eager", dtype=torch.float32, device=CPU)
         outputs.append(model(piece[None], mask, caches)[0])
         start += len(piece)
     return outputs
 
 
-def test_requests_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_requests_do_not_see_each_other(together: bool) -> None:
     """Prompts of different lengths, goings on, tokens packed and tokens in a batch."""
     model, generator = Model(), torch.Generator().manual_seed(0)
     counts = [(5, 3), (2, 6), (1, 1), (1, 1)]
     steps = [[torch.randn(n, WIDTH, generator=generator) for n in step] for step in counts]
-    served = Served(model, 2)
+    served = Served(model, 2, together=together)
     actual = [served.step(pieces, in_batch=number == 3) for number, pieces in enumerate(steps)]
     for request in range(2):
         alone = expected(model, [step[request] for step in steps])
@@ -135,8 +139,19 @@ def test_what_requests_cannot_share_travels_apart() -> None:
     given: list[Any] = []
     model.second.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["before"]), with_kwargs=True)
     Served(model, 2).step([torch.randn(3, WIDTH), torch.randn(5, WIDTH)])
-    assert isinstance(given[0], PerRequest)
+    assert isinstance(given[0], PerTurn)
     assert [tuple(value.shape) for value in given[0].values] == [(1, 3, 3), (1, 5, 5)]
+
+
+def test_what_only_some_steps_cannot_share_travels_apart_too() -> None:
+    """Scores of the few tokens that are best: fewer, where there are no more; decodes as a batch beside a prompt."""
+    model = Model()
+    given: list[Any] = []
+    model.second.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["before"]), with_kwargs=True)
+    served = Served(model, 3, together=True, depends_on_context=False)
+    served.step([torch.randn(count, WIDTH) for count in (3, 5, 1)])
+    served.step([torch.randn(count, WIDTH) for count in (1, 1, 2)])
+    assert [tuple(value.shape) for value in given[1].values] == [(2, 1, 6), (1, 2, 3)]
 
 
 def test_modules_and_configs_are_left_as_they_were() -> None:
@@ -169,8 +184,43 @@ def test_what_is_made_of_all_contexts_outside_is_refused() -> None:
 @pytest.mark.parametrize("kind", VisibilityKind)
 def test_masks_show_what_may_be_seen(kind: VisibilityKind) -> None:
     visibility = Visibility(kind, None if kind is VisibilityKind.FULL else 4)
-    request = OwnRequest(0, 0, 3, 6)
-    first = visibility.first_visible(6)
-    mask = make_mask(visibility, request, first, implementation="sdpa", dtype=torch.float32, device=CPU)
+    turn = OwnTurn(0, (OwnRequest(0, 0, 3, 6),))
+    first = turn.first(visibility)
+    mask = make_mask(visibility, turn, first, implementation="sdpa", dtype=torch.float32, device=CPU)
+    assert first == visibility.first_visible(6)
     visible = [[visibility.first_visible(q) <= k <= q for k in range(first, 9)] for q in range(6, 9)]
     assert mask[0, 0].tolist() == visible
+
+
+def test_masks_of_several_end_together() -> None:
+    turn = OwnTurn(0, (OwnRequest(0, 0, 1, 5), OwnRequest(1, 1, 1, 2)))
+    window = Visibility(VisibilityKind.SLIDING, 4)
+    masks = [
+        make_mask(visibility, turn, turn.first(visibility), implementation="eager", dtype=torch.float32, device=CPU)
+        for visibility in (Visibility(), window)
+    ]
+    assert [mask.shape for mask in masks] == [(2, 1, 1, 6), (2, 1, 1, 4)]
+    assert (masks[0][:, 0, 0] == 0).tolist() == [[True] * 6, [False] * 3 + [True] * 3]
+    assert (masks[1][:, 0, 0] == 0).tolist() == [[True] * 4, [False] + [True] * 3]
+
+
+def turns_of(num_tokens: list[int], num_computed: list[int], *, in_batch: bool = False) -> list[list[int]]:
+    """Which requests take their turn together."""
+    counts = np.array(num_tokens)
+    layout = StepLayout(np.array(num_computed), counts, np.concatenate([[0], np.cumsum(counts)]))
+    nothing = torch.zeros(int(counts.sum()), dtype=torch.int64)
+    inputs = ForwardInputs(nothing, nothing, [], [], nothing, layout, [])
+    step = PagedStep(inputs, None, None)  # type: ignore[arg-type]
+    turns = PagedRequests(step, in_batch=in_batch, together=True).turns
+    return [[request.index for request in turn.requests] for turn in turns]
+
+
+def test_decodes_of_about_one_length_take_their_turn_together() -> None:
+    assert turns_of([1, 1, 1, 1], [100, 500, 130, 900]) == [[0, 2], [1, 3]]
+    assert turns_of([1, 7, 1, 1], [8, 20, 30, 0]) == [[0, 2], [1], [3]]
+
+
+def test_many_long_decodes_are_several_turns() -> None:
+    assert turns_of([1] * 5, [4000] * 5) == [[0, 1], [2, 3], [4]]
+    assert turns_of([1] * 3, [4000] * 3, in_batch=True) == [[0], [1], [2]]
+    assert turns_of([1] * 3, [400, 4, 40], in_batch=True) == [[0, 1, 2]]

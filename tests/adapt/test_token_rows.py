@@ -36,3 +36,12 @@ def test_another_number_of_tokens_keeps_its_shape() -> None:
     rows = kept.rows(tensor, torch.float32)
     assert rows.shape == (9, 6)
     assert torch.equal(kept.tensor(rows[4:7]), tensor[:, :, 4:7])
+
+
+def test_sequences_of_a_batch_come_one_after_another() -> None:
+    kept = TokenTensor((1, 2, 5, 3), 2, torch.float32, batch_dim=0)
+    tensor = torch.randn(4, 2, 5, 3)
+    rows = kept.rows(tensor, torch.bfloat16)
+    assert rows.shape == (4 * 5, 2 * 6)
+    assert torch.equal(kept.tensor(rows, 4), tensor)
+    assert torch.equal(kept.tensor(rows[5:10]), tensor[1:2])

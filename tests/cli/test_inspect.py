@@ -48,6 +48,17 @@ def test_inspect_shows_which_entry_covers_what(shardwright: Shardwright, tiny_ll
     assert document["tree"]["children"][1]["style"] == "colwise_rep"
 
 
+def test_inspect_says_what_becomes_of_experts(shardwright: Shardwright) -> None:
+    document = shardwright("inspect", "tests.experts.models:masks", "--json").json
+    experts = [(entry["module"], entry["by"]) for entry in document["replaced"] if entry["what"] == "experts"]
+    assert experts == [(f"layers.{i}.block", "6 experts at once") for i in range(2)]
+    assert document["kept"] == []
+    document = shardwright("inspect", "tests.experts.models:capacity", "--json").json
+    assert [entry["module"] for entry in document["kept"]] == [f"layers.{i}.block" for i in range(2)]
+    text = shardwright("inspect", "tests.experts.models:capacity").stdout
+    assert "experts: layers.0.block, layers.1.block as written: all at once, it would not give the same for" in text
+
+
 def test_inspect_counts_latents_once(shardwright: Shardwright, tmp_path: Path) -> None:
     from transformers import MiniCPM3Config
 

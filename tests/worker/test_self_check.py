@@ -167,15 +167,30 @@ def test_code_that_adds_a_mask_of_transformers_is_packed(model_type: str) -> Non
     assert climbed(module).rung is AttentionRung.DATAFLOW
 
 
+OVER_PAGES = "2 layers run their own attention over pages"
+
+
 def test_attention_that_is_more_than_attention_runs_over_pages() -> None:
     """Doge adds to its scores what it computes from values; as its constructor leaves it, that is nothing."""
     model = climbed(draw(make_config("doge", {}), seed=0))
     assert isinstance(model, PackedModel)
     assert model.rung is AttentionRung.INTERFACE
-    assert model.rung_reason == "2 layers run their own attention over pages, a request at a time"
+    assert model.rung_reason == f"{OVER_PAGES}, decodes as a batch, prompts one by one"
     assert model.takes_chunks
     assert model.reuses_prefixes
     assert model.record(num_positions=256, vocab_size=128, most_tokens=64, most_rows=64) is not None
+
+
+def test_code_that_looks_at_what_is_masked_gets_a_request_at_a_time() -> None:
+    """It does so only in long contexts, which the check of logits does not reach."""
+    module = draw(make_config("doge", {"sliding_window": None}), seed=0)
+
+    def less_the_first(_: nn.Module, args: tuple[Tensor], weights: Tensor) -> Tensor:
+        return weights - 2 * weights[:, :1] if weights.shape[1] > 32 else weights
+
+    for layer in module.model.layers:
+        layer.self_attn.dt_proj.register_forward_hook(less_the_first)
+    assert climbed(module).rung_reason == f"{OVER_PAGES}, a request at a time"
 
 
 def test_models_that_cannot_be_packed_keep_their_own_cache() -> None:

@@ -1,4 +1,4 @@
-"""The cache that a module sees which runs its own attention: that of one request, whose rows lie in blocks."""
+"""The cache that a module sees which runs its own attention: that of one request or a few, whose rows lie in blocks."""
 
 from __future__ import annotations
 
@@ -17,50 +17,55 @@ _STATES = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True, slots=True)
-class RequestRows:
-    """The rows of one request in one layer of the cache."""
+class OwnRows:
+    """The rows of the requests of one turn in one layer of the cache.
+
+    Requests of several lengths end together; what stands before the shorter ones is not theirs, and masked.
+    """
 
     rows_NC: Tensor
     """[num_slots, C], of all requests."""
     new_slots: Tensor
-    """[T] int64: where the new tokens go."""
+    """[S * T] int64: where the new tokens go."""
     slots: Tensor
-    """[L] int64: of the tokens that attention may see, the new ones among them."""
+    """[S * L] int64: of the tokens that attention may see, the new ones among them."""
+    num_sequences: int
+    first: int
+    """Position of the first token that attention may see, counted so that the longest request is as long as it is."""
 
     def keep(self, tensor: Tensor, kept: TokenTensor, place: int) -> Tensor:
         """Store what the new tokens have of a tensor, from a place in their rows on; returns that of all tokens."""
         dtype = self.rows_NC.dtype
         columns = self.rows_NC[:, place : place + kept.width(dtype)]
         columns.index_copy_(0, self.new_slots, kept.rows(tensor, dtype))
-        return kept.tensor(columns.index_select(0, self.slots))
+        return kept.tensor(columns.index_select(0, self.slots), self.num_sequences)
 
     def width(self, kept: TokenTensor) -> int:
         """Numbers that something takes in a row."""
         return kept.width(self.rows_NC.dtype)
 
 
-class RequestCache(Cache):
+class OwnCache(Cache):
     """Stands for Transformers' cache in one call of a module after another.
 
     Args:
-        inner: the cache that the code around the module is given, if it is given one: its states are this request's.
-        num_computed: tokens of the request before this step.
+        inner: the cache that the code around the module is given, if it is given one: its states are these requests'.
+        num_computed: tokens of the request before this step; of the longest, if there are several.
     """
 
     def __init__(self, inner: Cache | None, num_computed: int) -> None:
         super().__init__(layers=[] if inner is None else inner.layers)
         self._num_computed = num_computed
 
-    def begin(self, call: OwnCall, rows: RequestRows, first: int, place: int) -> None:
+    def begin(self, call: OwnCall, rows: OwnRows, place: int) -> None:
         """Get ready for a call.
 
         Args:
             call: which it is.
             rows: where it keeps what it keeps.
-            first: position of the first token that attention may see.
             place: in a row, of what is written first.
         """
-        self._call, self._rows, self._first, self._place = call, rows, first, place
+        self._call, self._rows, self._place = call, rows, place
         self._num_writes = 0
 
     def end(self) -> None:
@@ -78,7 +83,7 @@ class RequestCache(Cache):
         return self._num_computed
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._num_computed + query_length - self._first, self._first
+        return self._num_computed + query_length - self._rows.first, self._rows.first
 
     def _keep(self, method: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         writes = self._call.writes

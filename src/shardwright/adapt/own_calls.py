@@ -84,6 +84,13 @@ class OwnCall:
         contexts = [part.kept for part in self.arguments.values() if part.kept is not None]
         return contexts + [tensor for write in self.writes for tensor in write.tensors]
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether several sequences can be told apart in all that it is given, keeps and returns."""
+        parts = [part for part in (*self.arguments.values(), *self.results.values()) if not part.depends_on_context]
+        dims = [part.batch_dim for part in parts if part.role in (Role.TOKENS, Role.CONTEXT)]
+        return None not in [*dims, *(tensor.batch_dim for tensor in self.kept)]
+
     def spec(self, dtype: torch.dtype) -> LayerSpec:
         """A layer of the cache, of this dtype, that has one row a token."""
         width = sum(tensor.width(dtype) for tensor in self.kept)
@@ -91,11 +98,11 @@ class OwnCall:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PerRequest:
+class PerTurn:
     """A result that requests cannot share: it goes from one such module to the next, through code that hands it on."""
 
     values: tuple[Tensor, ...]
-    """In the order of the requests."""
+    """One of each turn of the pass."""
 
 
 def leaves_of(value: Any) -> list[tuple[Path, Any]]:

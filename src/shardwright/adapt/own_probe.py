@@ -158,9 +158,9 @@ def _own_call(name: str, seen: Sequence[SeenCall]) -> OwnCall:
     """What is known of a call from what was seen of it in the passes."""
     first, more, batch = seen
     writes = []
-    for one, two in zip(first.writes, more.writes, strict=True):
-        tensors = tuple(_kept(name, *pair) for pair in zip(one.tensors, two.tensors, strict=True))
-        writes.append(Write(one.method, tensors))
+    for one, two, both in zip(first.writes, more.writes, batch.writes, strict=True):
+        tensors = zip(one.tensors, two.tensors, both.tensors, strict=True)
+        writes.append(Write(one.method, tuple(_kept(name, *seen_tensor) for seen_tensor in tensors)))
     return OwnCall(
         first.module,
         name,
@@ -195,8 +195,7 @@ def _part(name: str, first: SeenValue, more: SeenValue, batch: SeenValue, is_giv
     if not len(first.shape) == len(more.shape) == len(batch.shape):
         raise UnsupportedModelError(f"{name}: the dimensions of what it is given or returns differ from time to time")
     changed = _changed(first.shape, more.shape)
-    batch_dims = [d for d in _changed(first.shape, batch.shape) if batch.shape[d] == NUM_SEQUENCES * first.shape[d]]
-    batch_dim = batch_dims[0] if len(batch_dims) == 1 and first.shape[batch_dims[0]] == 1 else None
+    batch_dim = _batch_dim(first.shape, batch.shape)
     tokens = [dim for dim in changed if (first.shape[dim], more.shape[dim]) == (NUM_PROBE_TOKENS, NUM_MORE_TOKENS)]
     if not changed:
         return Part(Role.ITSELF, batch_dim=batch_dim)
@@ -207,11 +206,12 @@ def _part(name: str, first: SeenValue, more: SeenValue, batch: SeenValue, is_giv
     whole = (NUM_PROBE_TOKENS, NUM_PROBE_TOKENS + NUM_MORE_TOKENS)
     if len(changed) == 1 and (first.shape[changed[0]], more.shape[changed[0]]) == whole:
         assert first.dtype is not None
-        return Part(Role.CONTEXT, changed[0], batch_dim, kept=TokenTensor(first.shape, changed[0], first.dtype))
+        kept = TokenTensor(first.shape, changed[0], first.dtype, batch_dim)
+        return Part(Role.CONTEXT, changed[0], batch_dim, kept=kept)
     raise UnsupportedModelError(f"{name} is given something as long as neither its tokens nor the context")
 
 
-def _kept(name: str, first: SeenValue, more: SeenValue) -> TokenTensor:
+def _kept(name: str, first: SeenValue, more: SeenValue, batch: SeenValue) -> TokenTensor:
     """What is handed to the cache."""
     if first.shape is None or more.shape is None or len(first.shape) != len(more.shape):
         raise UnsupportedModelError(f"{name} keeps something that is no tensor of its tokens")
@@ -219,7 +219,16 @@ def _kept(name: str, first: SeenValue, more: SeenValue) -> TokenTensor:
     if len(changed) != 1 or (first.shape[changed[0]], more.shape[changed[0]]) != (NUM_PROBE_TOKENS, NUM_MORE_TOKENS):
         raise UnsupportedModelError(f"{name} keeps no row of numbers for each token")
     assert first.dtype is not None
-    return TokenTensor(first.shape, changed[0], first.dtype)
+    batch_dim = None if batch.shape is None else _batch_dim(first.shape, batch.shape)
+    return TokenTensor(first.shape, changed[0], first.dtype, batch_dim)
+
+
+def _batch_dim(one: Sequence[int], several: Sequence[int]) -> int | None:
+    """The dimension that counts sequences; None if there is none, or more than one."""
+    changed = _changed(one, several)
+    if len(changed) != 1 or (one[changed[0]], several[changed[0]]) != (1, NUM_SEQUENCES):
+        return None
+    return changed[0]
 
 
 def _changed(one: Sequence[int], other: Sequence[int]) -> list[int]:

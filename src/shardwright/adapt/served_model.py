@@ -18,7 +18,7 @@ from shardwright.adapt.latent import LatentTaps, no_latents
 from shardwright.adapt.logits import logits_of, rows_of
 from shardwright.adapt.own_attention import OwnAttention
 from shardwright.adapt.own_probe import find_own_calls
-from shardwright.adapt.own_requests import LonePrompt, OwnRequests, PagedRequests
+from shardwright.adapt.own_requests import LonePrompt, PagedRequests
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import (
     NUM_COUNTED_TOKENS,
@@ -47,6 +47,7 @@ class ServedModel:
         expanded_because: why keys and values are cached even where a latent would do; empty if they are not.
         own_rows: dtype of what modules keep whose attention cannot be captured, and that run their own over pages;
             None: there may be none.
+        own_together: whether such a module may be given the decodes of several requests at once.
         has_states: whether it has layers that carry states, which somebody takes care of.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
@@ -61,6 +62,7 @@ class ServedModel:
         needs_attention: bool = True,
         expanded_because: str = "",
         own_rows: torch.dtype | None = None,
+        own_together: bool = True,
         has_states: bool = False,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
@@ -71,7 +73,7 @@ class ServedModel:
         self.own: OwnAttention | None = None
         if own_rows is not None:
             find = partial(find_own_calls, module, num_positions=num_positions, has_states=has_states)
-            self.own = OwnAttention(module, agreed(find, agree), dtype=own_rows)
+            self.own = OwnAttention(module, agreed(find, agree), dtype=own_rows, together=own_together)
             needs_attention = False
         probe = partial(probe_attention, module, num_positions=num_positions, needs_attention=needs_attention)
         with self._looking(NUM_PROBE_TOKENS):
@@ -144,18 +146,17 @@ class ServedModel:
         tokens, position_ids = inputs.input_ids.view(shape), inputs.position_ids.view(shape)
         if self._takes_positions:
             options = {"position_ids": position_ids} | options
-        own = self._serving(PagedRequests(step, in_batch=shape[1] == 1), first_layer=len(self.calls))
+        own: AbstractContextManager[None] = nullcontext()
+        if self.own is not None:
+            requests = PagedRequests(step, in_batch=shape[1] == 1, together=self.own.together)
+            own = self.own.serving(requests, first_layer=len(self.calls))
         with dispatch.handling(handler), self._taps.open(), self._answered_counts(position_ids), own:
             output = self.module(input_ids=tokens, **options)
         return logits_of(output)
 
     def _looking(self, num_tokens: int) -> AbstractContextManager[None]:
-        """Open around a look at the model with a prompt of so many tokens."""
-        return self._serving(LonePrompt(num_tokens))
-
-    def _serving(self, requests: OwnRequests, first_layer: int = 0) -> AbstractContextManager[None]:
-        """Open around a forward pass: modules that run their own attention are called a request at a time."""
-        return nullcontext() if self.own is None else self.own.serving(requests, first_layer)
+        """Open around a look at the model with a prompt of so many tokens: modules that attend by themselves do."""
+        return nullcontext() if self.own is None else self.own.serving(LonePrompt(num_tokens), first_layer=0)
 
     @contextmanager
     def _answered_counts(self, position_ids: Tensor) -> Iterator[None]:

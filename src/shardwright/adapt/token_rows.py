@@ -11,28 +11,37 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenTensor:
-    """A tensor that holds something of each token."""
+    """A tensor that holds something of each token of one sequence, or of several."""
 
     shape: tuple[int, ...]
-    """Its number of tokens may differ."""
+    """Its numbers of tokens and of sequences may differ."""
     token_dim: int
     dtype: torch.dtype
+    batch_dim: int | None = None
+    """None: it holds one sequence, whatever its dimensions are."""
 
     def width(self, dtype: torch.dtype) -> int:
         """Numbers of a row, in a cache of this dtype."""
-        return self._elements * max(self.dtype.itemsize // dtype.itemsize, 1)
+        return prod(self._others) * max(self.dtype.itemsize // dtype.itemsize, 1)
 
     def rows(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor as rows of a cache of this dtype: [T, width]. A larger type takes several numbers for one."""
-        rows = tensor.movedim(self.token_dim, 0).reshape(tensor.shape[self.token_dim], self._elements).contiguous()
+        """The tensor as rows of a cache of this dtype: [S * T, width], a sequence after another.
+
+        A larger type takes several numbers for one.
+        """
+        rows = tensor.movedim(self._dims, tuple(range(len(self._dims)))).reshape(-1, prod(self._others)).contiguous()
         return rows.view(dtype) if self.dtype.itemsize >= dtype.itemsize else rows.to(dtype)
 
-    def tensor(self, rows: Tensor) -> Tensor:
-        """What such rows, [T, width], were: a tensor of this shape and dtype, with T tokens."""
+    def tensor(self, rows: Tensor, num_sequences: int = 1) -> Tensor:
+        """What such rows, [S * T, width], were: a tensor of this dtype, with S sequences of T tokens."""
         kept = rows.view(self.dtype) if self.dtype.itemsize >= rows.dtype.itemsize else rows.to(self.dtype)
-        others = [size for dim, size in enumerate(self.shape) if dim != self.token_dim]
-        return kept.view(len(rows), *others).movedim(0, self.token_dim).contiguous()
+        lengths = [-1] if self.batch_dim is None else [num_sequences, -1]
+        return kept.view(*lengths, *self._others).movedim(tuple(range(len(lengths))), self._dims).contiguous()
 
     @property
-    def _elements(self) -> int:
-        return prod(size for dim, size in enumerate(self.shape) if dim != self.token_dim)
+    def _dims(self) -> tuple[int, ...]:
+        return (self.token_dim,) if self.batch_dim is None else (self.batch_dim, self.token_dim)
+
+    @property
+    def _others(self) -> list[int]:
+        return [size for dim, size in enumerate(self.shape) if dim not in self._dims]

@@ -88,6 +88,12 @@ class KVCache:
         self._lanes = lanes
         self._block_size = block_size
 
+    def fill(self, seed: int) -> None:
+        """Write random numbers everywhere, as if long sequences had been computed, to look at what is made of them."""
+        generator = torch.Generator(self._lanes[0][0].device).manual_seed(seed)
+        for rows in (rows for lane in self._lanes for rows in lane):
+            rows.normal_(generator=generator)
+
     def scrub(self, blocks: Tensor) -> None:
         """Replace what is not a finite number in these blocks ([B] int64).
 

@@ -113,7 +113,7 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]
         report |= describe_serving(blueprint, num_parameters=tree.num_parameters)
     else:
         how = {"rung": "none", "reason": "texts are read whole, without a cache"}
-        report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": []}
+        report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": [], "kept": []}
     if config.model.weight_format is not None:
         quantized, replaced = describe_quantization(module, config.model.weight_format)
         report |= {"quantization": quantized, "replaced": report["replaced"] + replaced}
@@ -136,15 +136,22 @@ def describe_quantization(module: nn.Module, format: WeightFormat) -> tuple[dict
 def describe_serving(blueprint: Blueprint, *, num_parameters: int) -> dict[str, Any]:
     """How the attention of a model that generates would be captured, and what its cache needs."""
     try:
-        served = blueprint.capture_attention(num_parameters=num_parameters)
+        served, loops = blueprint.capture(num_parameters=num_parameters)
     except UnsupportedModelError as error:
         rung = "per-request" if blueprint.is_large(num_parameters) else None
-        return {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": []}
+        return {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": [], "kept": []}
     groups = [
         *paged_groups(served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len),
         *state_groups(served, blueprint.config),
     ]
-    return {**describe_attention(served), "cache_groups": groups or [cache_group("none")]}
+    described = describe_attention(served)
+    described["replaced"] += [
+        {"module": loop.name, "what": "experts", "by": f"{loop.num_experts} experts at once"}
+        for loop in loops
+        if not loop.reason
+    ]
+    kept = [{"module": loop.name, "what": "experts", "reason": loop.reason} for loop in loops if loop.reason]
+    return {**described, "kept": kept, "cache_groups": groups or [cache_group("none")]}
 
 
 def describe_attention(served: StepModel | ServedModel) -> dict[str, Any]:
@@ -254,6 +261,9 @@ def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int |
         )
     rung = attention["rung"] or "none, the model cannot be served yet"
     console.print(f"attention: {rung}: {attention['reason']}", markup=False, soft_wrap=True)
+    for reason in dict.fromkeys(entry["reason"] for entry in report["kept"]):
+        names = ", ".join(entry["module"] for entry in report["kept"] if entry["reason"] == reason)
+        console.print(f"experts: {names} as written: {reason}", markup=False, soft_wrap=True)
     for group in report["cache_groups"]:
         if group["kind"] == "none":
             console.print("cache: none of ours; the model keeps its own, or does without")

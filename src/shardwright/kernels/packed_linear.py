@@ -91,16 +91,21 @@ def packed_linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None) 
     return output.to(input.dtype)
 
 
-def _packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int) -> Tensor:
+def multiply_packed(input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """As `packed_linear`, with the output, [tokens, outer], contiguous, written where it shall be.
+
+    Raises: ValueError if the packed weight or the bias is not of its shape or type.
+    """
     tokens, inner = input.shape
+    outer = output.shape[1]
     if len(packed) != packed_elements(outer, inner) or (bias is not None and bias.dtype is not torch.float32):
         raise ValueError(f"no packed weight of {outer} x {inner} has {len(packed)} numbers, or its bias is not float32")
     if input.dtype not in (torch.float32, _HALF):
-        return _packed_linear(input.float(), packed, bias, outer).to(input.dtype)
+        output.copy_(_packed_linear(input.float(), packed, bias, outer))
+        return
     library = native_library("packed")
     assert library is not None, "is_available comes first"
     input = input.contiguous()
-    output = input.new_empty(tokens, outer)
     library.packed_linear(
         ctypes.c_int64(packed.dtype is _HALF),
         ctypes.c_int64(input.dtype is _HALF),
@@ -110,6 +115,11 @@ def _packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: in
         ctypes.c_void_p(output.data_ptr()),
         *map(ctypes.c_int64, (tokens, inner, outer)),
     )
+
+
+def _packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outer: int) -> Tensor:
+    output = input.new_empty(len(input), outer)
+    multiply_packed(input, packed, bias, output)
     return output
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from shardwright.kernels.packed_linear import is_available
-from shardwright.layers.packed_linear import pack_linears
+from shardwright.layers.packed_linear import PackedLinear, pack_linears
 from shardwright.layers.quantized_linear import Quantized
-from shardwright.layers.upcast_linear import has_fast_half_products, upcast_linears
+from shardwright.layers.upcast_linear import UpcastLinear, has_fast_half_products, upcast_linears
 
 
 def replace_linears(module: nn.Module) -> None:
@@ -19,3 +22,16 @@ def replace_linears(module: nn.Module) -> None:
     is_packed = is_available() and pack_linears(module) > 0
     if not is_packed and not has_fast_half_products():
         upcast_linears(module)
+
+
+@contextmanager
+def plain_linears(module: nn.Module) -> Iterator[None]:
+    """While open, products are torch's own, with the weights that code knows, for those who watch what it does."""
+    held = [linear for linear in module.modules() if isinstance(linear, PackedLinear | UpcastLinear)]
+    for linear in held:
+        linear.is_plain = True
+    try:
+        yield
+    finally:
+        for linear in held:
+            linear.is_plain = False

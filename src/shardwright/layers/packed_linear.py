@@ -39,6 +39,8 @@ class PackedLinear(nn.Linear):
     """Of the weight, when it was packed."""
     most_tokens: int | None
     """More are left to torch; None: none are."""
+    is_plain: bool = False
+    """Whether it multiplies as nn.Linear does."""
 
     def pack(self) -> None:
         """Take the weight and bias as they are now."""
@@ -48,6 +50,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], dtype of the input."""
+        if self.is_plain:
+            return super().forward(input)
         if _version(self.weight) != self.packed_version:  # RWKV's code scales its weights when it is first run
             self.pack()
         if self.most_tokens is not None and input.numel() > self.most_tokens * self.in_features:
@@ -75,13 +79,17 @@ def pack_linears(module: nn.Module) -> int:
         return 0
     memory = empty_in_huge_pages(starts[-1])
     for linear, start, size in zip(linears, starts, sizes, strict=False):
-        is_half = linear.weight.dtype is not torch.float32
         linear.__class__ = PackedLinear if type(linear) is nn.Linear else combined((type(linear), PackedLinear))
         assert isinstance(linear, PackedLinear)
         linear.packed = memory[start : start + size].view(PACKED_TYPES[linear.weight.dtype])
         linear.pack()
-        linear.most_tokens = FEW_TOKENS if is_half and has_fast_half_products() else None
+        linear.most_tokens = most_packed_tokens(linear.weight.dtype)
     return len(linears)
+
+
+def most_packed_tokens(dtype: torch.dtype) -> int | None:
+    """Up to how many tokens packed weights of a type are the faster ones; None: always."""
+    return FEW_TOKENS if dtype is not torch.float32 and has_fast_half_products() else None
 
 
 def _version(weight: Tensor) -> int:

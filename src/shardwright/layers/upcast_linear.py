@@ -31,26 +31,43 @@ class UpcastLinear(nn.Linear):
 
     scratch: Tensor
     """[SCRATCH_ELEMENTS] float32, shared by all linears of a model: they run one after another."""
+    is_plain: bool = False
+    """Whether it multiplies as nn.Linear does."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], dtype of the input."""
+        if self.is_plain:
+            return super().forward(input)
         rows = input.reshape(-1, self.in_features)
-        is_few = len(rows) < MIN_TOKENS
-        output = F.linear(rows, self.weight, self.bias) if is_few else self._multiply_widened(rows)
+        output = widened_linear(rows, self.weight, self.bias, self.scratch)
         return output.view(*input.shape[:-1], self.out_features)
 
-    def _multiply_widened(self, rows: Tensor) -> Tensor:
-        output = rows.new_empty(len(rows), self.out_features)
-        wide = rows.float()
-        step = max(1, self.scratch.numel() // self.in_features)
-        for start in range(0, self.out_features, step):
-            weight = self.weight[start : start + step]
-            wide_weight = self.scratch[: weight.numel()].view_as(weight).copy_(weight)
-            piece = wide @ wide_weight.T
-            if self.bias is not None:
-                piece += self.bias[start : start + step]
-            output[:, start : start + step] = piece
-        return output
+
+def widened_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
+    """The product of a linear with half-precision weights.
+
+    Args:
+        rows: [tokens, in].
+        weight: [out, in].
+        bias: [out], or None.
+        scratch: [SCRATCH_ELEMENTS or more, at least in] float32, written over.
+
+    Returns: [tokens, out], dtype of the rows.
+    """
+    if len(rows) < MIN_TOKENS:
+        return F.linear(rows, weight, bias)
+    outputs, inputs = weight.shape
+    output = rows.new_empty(len(rows), outputs)
+    wide = rows.float()
+    step = max(1, scratch.numel() // inputs)
+    for start in range(0, outputs, step):
+        part = weight[start : start + step]
+        wide_part = scratch[: part.numel()].view(part.shape).copy_(part)
+        piece = wide @ wide_part.T
+        if bias is not None:
+            piece += bias[start : start + step]
+        output[:, start : start + step] = piece
+    return output
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwright.errors import UnsupportedModelError
-from shardwright.replay.trace import Attend, SeenCall, SeenTensor, Trace, WriteCache, mapped
+from shardwright.replay.trace import Attend, Noted, SeenCall, SeenTensor, Trace, WriteCache, mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +91,17 @@ def common_recording(traces: Sequence[Trace]) -> Recording:
     first = traces[0]
     if any(len(trace.calls) != len(first.calls) or len(trace.tensors) != len(first.tensors) for trace in traces):
         raise UnsupportedModelError("its code does not do the same in every step")
-    calls = [_common_call([trace.calls[i] for trace in traces], lengths) for i in range(len(first.calls))]
+    calls = [common_call([trace.calls[i] for trace in traces], lengths) for i in range(len(first.calls))]
     produced = _produced(first)
     constants = {}
     for number in range(len(first.tensors)):
         if number not in produced and number not in first.inputs.values():
-            constants[number] = _common_constant([trace.tensors[number] for trace in traces])
+            constants[number] = common_constant([trace.tensors[number] for trace in traces])
     sizes = [
         _fit([trace.tensors[number].untyped_storage().nbytes() for trace in traces], lengths)
         for number in range(len(first.tensors))
     ]
-    output = _common([trace.output for trace in traces], lengths)
+    output = common([trace.output for trace in traces], lengths)
     return Recording(calls, sizes, constants, first.inputs, output)
 
 
@@ -119,7 +119,7 @@ def pruned(trace: Trace) -> Trace:
         if (
             isinstance(call.function, WriteCache)
             or not outputs
-            or (outputs & live and not _is_view(call, inputs, outputs))
+            or (outputs & live and not is_view(call, inputs, outputs))
         ):
             calls.append(call)
             live |= inputs
@@ -140,9 +140,9 @@ def pruned(trace: Trace) -> Trace:
     return Trace(trace.num_tokens, kept, tensors, {name: numbers[n] for name, n in trace.inputs.items()}, output)
 
 
-def _is_view(call: SeenCall, inputs: set[int], outputs: set[int]) -> bool:
+def is_view(call: SeenCall, inputs: set[int], outputs: set[int]) -> bool:
     """Whether a call only looks at one of its arguments in another way."""
-    if isinstance(call.function, Attend | WriteCache):
+    if isinstance(call.function, Noted):
         return False
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in call.function._schema.arguments)  # type: ignore[attr-defined]
     return not writes and outputs <= inputs
@@ -173,7 +173,7 @@ def tensors_in(tree: Any, kind: type[Any]) -> list[Any]:
     return [found for item in tree for found in tensors_in(item, kind)]
 
 
-def _common_constant(tensors: list[Tensor]) -> Tensor:
+def common_constant(tensors: list[Tensor]) -> Tensor:
     """A tensor that is the same one in every trace, or has the same numbers in each."""
     first = tensors[0]
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1:
@@ -184,7 +184,8 @@ def _common_constant(tensors: list[Tensor]) -> Tensor:
     return first
 
 
-def _common_call(calls: list[SeenCall], lengths: list[int]) -> Call:
+def common_call(calls: list[SeenCall], lengths: list[int]) -> Call:
+    """A call that is the same in every trace but for sizes. Raises UnsupportedModelError."""
     function = calls[0].function
     for call in calls[1:]:
         is_same = (
@@ -195,7 +196,7 @@ def _common_call(calls: list[SeenCall], lengths: list[int]) -> Call:
     try:
         return Call(
             function,
-            *(_common([getattr(call, name) for call in calls], lengths) for name in ("args", "kwargs", "output")),
+            *(common([getattr(call, name) for call in calls], lengths) for name in ("args", "kwargs", "output")),
         )
     except UnsupportedModelError as exc:
         raise UnsupportedModelError(f"{exc} ({function})") from None
@@ -205,7 +206,11 @@ def _same_attention(one: Attend, other: Any) -> bool:
     return isinstance(other, Attend) and one.layer == other.layer and one.params is other.params
 
 
-def _common(values: list[Any], lengths: list[int]) -> Any:
+def common(values: list[Any], lengths: list[int]) -> Any:
+    """Nested values of traces of different lengths, as one: tensors are Place, ints that grow are Affine.
+
+    Raises: UnsupportedModelError if they differ in anything else.
+    """
     first = values[0]
     if any(type(value) is not type(first) for value in values):
         raise UnsupportedModelError("its code does not do the same in every step")
@@ -213,7 +218,7 @@ def _common(values: list[Any], lengths: list[int]) -> Any:
         if len({(value.storage, value.dtype, len(value.sizes)) for value in values}) > 1:
             raise UnsupportedModelError("its code does not do the same in every step")
         sizes, strides = (
-            [_common(list(row), lengths) for row in zip(*items, strict=True)]
+            [common(list(row), lengths) for row in zip(*items, strict=True)]
             for items in ([value.sizes for value in values], [value.strides for value in values])
         )
         offset = _fit([value.offset for value in values], lengths)
@@ -221,12 +226,12 @@ def _common(values: list[Any], lengths: list[int]) -> Any:
     if isinstance(first, list | tuple):
         if len({len(value) for value in values}) > 1:
             raise UnsupportedModelError("its code does not do the same in every step")
-        items = [_common(list(row), lengths) for row in zip(*values, strict=True)]
+        items = [common(list(row), lengths) for row in zip(*values, strict=True)]
         return tuple(items) if isinstance(first, tuple) else items
     if isinstance(first, dict):
         if any(value.keys() != first.keys() for value in values):
             raise UnsupportedModelError("its code does not do the same in every step")
-        return {key: _common([value[key] for value in values], lengths) for key in first}
+        return {key: common([value[key] for value in values], lengths) for key in first}
     if type(first) is int:
         found = _fit(values, lengths)
         return found if found.slope else found.base

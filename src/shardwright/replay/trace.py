@@ -33,15 +33,21 @@ class SeenTensor:
     """In elements."""
 
 
+class Noted:
+    """What is noted as a whole, and not as the tensor operations that it is made of."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class WriteCache:
+class WriteCache(Noted):
     """A layer's keys and values go to the cache: arguments are both, [T, K, D] and [T, K, V]."""
 
     layer: int
 
 
 @dataclass(frozen=True, slots=True)
-class Attend:
+class Attend(Noted):
     """A layer's attention of decodes: argument is the query, [T, H, D]; output [T, H, V]."""
 
     layer: int
@@ -52,7 +58,7 @@ class Attend:
 class SeenCall:
     """One operation."""
 
-    function: Callable[..., Any] | WriteCache | Attend
+    function: Callable[..., Any] | Noted
     """An ATen operator, or what is ours."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -82,7 +88,7 @@ class TraceMode(TorchDispatchMode):
         self.trace = Trace(num_tokens)
         self._numbers: dict[int, int] = {}
         self._kept: list[Tensor] = []
-        self._is_muted = False
+        self.is_muted = False
         self._whole: set[Any] = {torch.ops.aten.linear.default}
         """Operations that are not made of others, or are left as they are."""
 
@@ -94,7 +100,7 @@ class TraceMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_muted:
+        if self.is_muted:
             return func(*args, **kwargs)
         if func not in self._whole:
             with self:  # an operation that is made of others is these others
@@ -104,27 +110,29 @@ class TraceMode(TorchDispatchMode):
             self._whole.add(func)
         seen_args, seen_kwargs = self._seen(args), self._seen(kwargs)
         output = func(*args, **kwargs)
-        self.trace.calls.append(SeenCall(func, seen_args, seen_kwargs, self._seen(output)))
+        self._add(SeenCall(func, seen_args, seen_kwargs, self._seen(output)), output)
         return output
 
-    def note(
-        self, function: WriteCache | Attend, args: Sequence[Tensor], call: Callable[[], Tensor | None]
-    ) -> Tensor | None:
+    def _add(self, call: SeenCall, output: Any) -> None:
+        """Note a call, whose output is at hand; those who want to know more than the trace come in here."""
+        self.trace.calls.append(call)
+
+    def note(self, function: Noted, args: Sequence[Any], call: Callable[[], T], **kwargs: Any) -> T:
         """Note an operation of ours, whose own operations are not looked at."""
-        seen = self._seen(tuple(args))
+        seen_args, seen_kwargs = self._seen(tuple(args)), self._seen(kwargs)
         with self.muted():
             output = call()
-        self.trace.calls.append(SeenCall(function, seen, {}, self._seen(output)))
+        self._add(SeenCall(function, seen_args, seen_kwargs, self._seen(output)), output)
         return output
 
     @contextmanager
     def muted(self) -> Iterator[None]:
         """While open, nothing is noted."""
-        before, self._is_muted = self._is_muted, True
+        before, self.is_muted = self.is_muted, True
         try:
             yield
         finally:
-            self._is_muted = before
+            self.is_muted = before
 
     def look_at(self, tensor: Tensor) -> SeenTensor:
         """Where a tensor lies."""
@@ -196,9 +204,7 @@ class TracedBackend:
         def call() -> Tensor:
             return self._backend.forward(query_THD, key_TKD, value_TKV, cache.layer, plan, params)
 
-        output = self._mode.note(Attend(cache.index, params), (query_THD,), call)
-        assert output is not None
-        return output
+        return self._mode.note(Attend(cache.index, params), (query_THD,), call)
 
     def forward_latent(
         self,

@@ -16,6 +16,7 @@ from shardwright.adapt.eager import eager
 from shardwright.adapt.served_model import ServedModel
 from shardwright.config import ModelConfig
 from shardwright.errors import CheckpointError, ConfigError, UnsupportedModelError
+from shardwright.experts.loops import ExpertLoop, ExpertLoops
 from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import load_dummy_weights, load_weights
 from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
@@ -118,17 +119,20 @@ class Blueprint:
         return module.requires_grad_(False)
 
     @eager
-    def capture_attention(self, *, num_parameters: int) -> StepModel | ServedModel:
-        """Capture the model's attention as serving it would, to look at it.
+    def capture(self, *, num_parameters: int) -> tuple[StepModel | ServedModel, list[ExpertLoop]]:
+        """Capture the model's attention and its experts as serving it would, to look at them.
 
         A model of moderate size is checked against its own forward pass too, with its weights, or random ones if they
-        cannot be read. A large one stays on "meta", or gets zeros if its code looks at values, as some routers do.
+        cannot be read. A large one stays on "meta", or gets zeros if its code looks at values, as some routers do; its
+        experts are not looked at.
 
         Raises: UnsupportedModelError, with the reason.
         """
         if not self.is_large(num_parameters):
-            return climb(
-                self._load_in_float32(),
+            module = self._load_in_float32()
+            loops = ExpertLoops(module)
+            model = climb(
+                module,
                 num_positions=self.max_model_len,
                 vocab_size=self.vocab_size,
                 block_size=BLOCK_SIZE,
@@ -136,13 +140,15 @@ class Blueprint:
                 compute_dtype=torch.float32,
                 device=torch.device("cpu"),
                 self_check=self.options.self_check,
+                loops=loops,
             )
+            return model, loops.found
         problems = []
         for place in (nn.Module.eval, _without_buffers, fill_with_zeros):
             module = place(self.build(self.dtype))
             for own_rows in (None, self.dtype):
                 try:
-                    return ServedModel(module, num_positions=self.max_model_len, own_rows=own_rows)
+                    return ServedModel(module, num_positions=self.max_model_len, own_rows=own_rows), []
                 except UnsupportedModelError as exc:
                     problems.append(exc)
         raise problems[0]

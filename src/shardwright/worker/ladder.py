@@ -18,11 +18,14 @@ from shardwright.adapt.rungs import AttentionRung
 from shardwright.attention.native import make_backend
 from shardwright.config import ParallelConfig
 from shardwright.errors import EngineError, ShardwrightError, UnsupportedModelError
+from shardwright.experts.loops import ExpertLoops
 from shardwright.foreign_errors import described
+from shardwright.worker.batch_check import check_batches
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.rungs import batched_rungs, single_rungs
-from shardwright.worker.self_check import check_logits, check_sample, plain_logits, treats_alike
+from shardwright.worker.self_check import check_logits, check_sample, compare_logits, plain_logits, treats_alike
+from shardwright.worker.state_slots import StateSlotModel
 from shardwright.worker.step import StepModel
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ def climb(
     device: torch.device,
     parallel: ParallelConfig | None = None,
     self_check: bool = True,
+    loops: ExpertLoops | None = None,
     agree: Callable[[bool], bool] = bool,
 ) -> StepModel:
     """The model on the highest rung that is right for it, its cache not allocated yet.
@@ -57,16 +61,23 @@ def climb(
         device: of the module.
         parallel: how many ranks share the model; None: this one has it alone.
         self_check: whether a rung has to give the module's own logits; if not, it is enough that it can be built.
+        loops: over experts in the module, which run all at once from here on where that is the same; None: it has none.
         agree: whether all ranks that share the model say yes; each asks after the same forward passes.
 
     Raises: UnsupportedModelError if the module's own forward pass fails; EngineError if only that of another rank does.
     """
     fresh = Remembered(module)
     set_attention(module, "eager")
-    expected = _expected(module, vocab_size=vocab_size, agree=agree) if self_check else None
+    loops = loops or ExpertLoops(module)
+    expected = None
+    if self_check or not agree(not loops):
+        with loops.watching():
+            expected = _expected(module, vocab_size=vocab_size, agree=agree)
+        _group_experts(loops, module, expected, vocab_size=vocab_size, dtype=dtype, agree=agree)
     reasons: dict[str, None] = {}  # an ordered set: a rung that is tried twice may fail for the same reason
     rungs = single_rungs(module, device=device, parallel=parallel)
-    if agree(not far_position_turns_others(module, num_positions=num_positions)):
+    unpacked = _why_not_packed(module, loops, num_positions=num_positions, agree=agree)
+    if unpacked is None:
         rungs[:0] = batched_rungs(
             module,
             make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype),
@@ -79,8 +90,11 @@ def climb(
             fresh=fresh,
         )
     else:
-        reason = "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
-        reasons[f"not packed: {reason}"] = None
+        reasons[f"not packed: {unpacked}"] = None
+
+    check_far = partial(
+        check_batches, num_positions=num_positions, vocab_size=vocab_size, block_size=block_size, dtype=dtype
+    )
 
     def check(model: StepModel, expected: Tensor) -> None:
         check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
@@ -107,9 +121,12 @@ def climb(
         model, problem = _tried(build)
         stands = agree(problem is None)
         is_plain = name is AttentionRung.RECOMPUTE  # the module's own forward pass
-        if stands and model is not None and expected is not None and not is_plain:
+        if stands and model is not None and self_check and expected is not None and not is_plain:
             _, problem = _tried(partial(check, model, expected))
             stands = agree(problem is None)
+            if stands and isinstance(model, (PackedModel, StateSlotModel)) and model.batches_own:
+                _, problem = _tried(partial(check_far, model))
+                stands = agree(problem is None)
         return model, None if stands else problem or "another rank cannot stand there"
 
     for rung in rungs:
@@ -128,6 +145,39 @@ def climb(
             return _settled(model)
         reasons[f"not {rung.name}: {problem}"] = None
     raise UnsupportedModelError("; ".join(reasons))
+
+
+def _why_not_packed(
+    module: nn.Module, loops: ExpertLoops, *, num_positions: int, agree: Callable[[bool], bool]
+) -> str | None:
+    """Why requests cannot be computed together, if they would change each other."""
+    if not agree(not far_position_turns_others(module, num_positions=num_positions)):
+        return "its rotary embedding depends on the longest request, unless --max-model-len is the original length"
+    if not agree(not loops.crowded):
+        return f"what the experts of {', '.join(loops.crowded)} give a token depends on how many others there are"
+    return None
+
+
+def _group_experts(
+    loops: ExpertLoops,
+    module: nn.Module,
+    expected: Tensor,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    agree: Callable[[bool], bool],
+) -> None:
+    """Let experts run all at once where that gives the module's own logits."""
+    loops.group(agree)
+    if agree(not loops.grouped):
+        return
+
+    def look() -> float:
+        return compare_logits(expected, plain_logits(module, vocab_size=vocab_size), dtype=dtype)
+
+    _, problem = _tried(look)
+    if not agree(problem is None):
+        loops.undo(problem or "all at once, they give other logits on another rank")
 
 
 def _settled(model: StepModel) -> StepModel:

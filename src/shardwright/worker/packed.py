@@ -69,6 +69,8 @@ class PackedModel:
         self._recomputing: RecomputingModel | None = None
         self._program: Program | None = None
         self._has_latents = any(spec.values_in_keys for spec in self.layers)
+        self.batches_own = isinstance(served, ServedModel) and served.own is not None and served.own.together
+        """Whether decodes of several lengths are given as a batch to code that attends by itself."""
         self.special_ids: list[int] = served.special_ids if isinstance(served, InterceptedModel) else []
         """Token ids that may not be computed with others: to be set before it serves."""
         self.is_chosen = False
@@ -119,6 +121,11 @@ class PackedModel:
             return found
         self._program = found
         return None
+
+    def fill(self, seed: int) -> None:
+        """Write random numbers to the cache of keys and values."""
+        assert self._cache is not None, "allocate comes first"
+        self._cache.fill(seed)
 
     def compute(self, step: StepTables) -> Tensor:
         if self._recomputing is None and self.special_ids:

@@ -54,13 +54,16 @@ def batched_rungs(
     is_alone = parallel is None or parallel.num_ranks == 1
     is_whole = parallel is None or parallel.pipeline_parallel_size == 1  # one of several stages may have no attention
 
-    def packed(reason: str, *, expanded_because: str = "", own_rows: torch.dtype | None = None) -> StepModel:
+    def packed(
+        reason: str, *, expanded_because: str = "", own_rows: torch.dtype | None = None, own_together: bool = True
+    ) -> StepModel:
         served = ServedModel(
             module,
             num_positions=num_positions,
             needs_attention=is_whole,
             expanded_because=expanded_because,
             own_rows=own_rows,
+            own_together=own_together,
             agree=agree,
         )
         return PackedModel(served, backend, dtype=dtype, device=device, may_recompute=is_alone)
@@ -102,7 +105,10 @@ def batched_rungs(
         )
 
     captured = [Rung(AttentionRung.INTERFACE, packed), Rung(AttentionRung.DATAFLOW, intercepted)]
-    own = [Rung(AttentionRung.INTERFACE, partial(packed, own_rows=dtype))] if is_whole else []
+    own = [
+        Rung(AttentionRung.INTERFACE, partial(packed, own_rows=dtype, own_together=together))
+        for together in ([True, False] if is_whole else [])
+    ]
     ways_with_state: list[dict[str, Any]] = [{}, {"takes_chunks": False}, {"decodes_together": False}]
     ways_with_state += [way | {"own_rows": dtype} for way in ways_with_state] if is_whole else []
     return [*captured, *own, *(Rung(AttentionRung.STATE, partial(with_state, **way)) for way in ways_with_state)]

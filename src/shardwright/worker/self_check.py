@@ -93,11 +93,16 @@ def check_logits(model: StepModel, expected: Tensor, *, vocab_size: int, block_s
         raise
     except Exception as exc:
         raise UnsupportedModelError(f"its code fails in a step of two requests: {described(exc)}") from exc
-    expected = expected[1:]
+    difference = compare_logits(expected[1:], actual, dtype=dtype)
+    logger.debug("%s: logits differ by %.2g of their spread from the module's own", model.rung, difference)
+    return difference
+
+
+def compare_logits(expected: Tensor, actual: Tensor, *, dtype: torch.dtype) -> float:
+    """How much logits differ from the module's own, as of `check_logits`. Raises UnsupportedModelError if too much."""
     if not expected.numel():  # of a pipeline stage before the last
         return 0.0
     difference = float((expected - actual).square().mean().sqrt() / expected.std().clamp_min(1e-6))
-    logger.debug("%s: logits differ by %.2g of their spread from the module's own", model.rung, difference)
     if not difference <= TOLERANCE[dtype]:
         raise UnsupportedModelError(
             f"logits differ from those of its own forward pass by {difference:.2g} of their spread, in {dtype}"

@@ -74,6 +74,7 @@ class StateSlotModel:
             needs_attention=False,
             expanded_because=expanded_because,
             own_rows=own_rows,
+            own_together=decodes_together,
             has_states=True,
             agree=agree,
         )
@@ -84,6 +85,9 @@ class StateSlotModel:
         self.rung_reason += "; prefixes are not reused: no states of them are kept"
         if not decodes_together:
             self.rung_reason += "; decodes run one by one: its code mixes the sequences of a batch"
+        own = self._served.own
+        self.batches_own = own is not None and own.together
+        """As of PackedModel."""
         self._backend = backend
         self._dtype = dtype
         self._device = device
@@ -107,6 +111,11 @@ class StateSlotModel:
             dtype=self._dtype,
             device=self._device,
         )
+
+    def fill(self, seed: int) -> None:
+        """Write random numbers to the cache of keys and values."""
+        assert self._kv_cache is not None, "allocate comes first"
+        self._kv_cache.fill(seed)
 
     def compute(self, step: StepTables) -> Tensor:
         wanted = wanted_places(step)

@@ -17,6 +17,7 @@ from torch import nn
 from shardwright.adapt.eager import eager
 from shardwright.config import EngineConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
+from shardwright.experts.loops import ExpertLoops
 from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products
@@ -172,6 +173,7 @@ def adapt(
     if device.type == "cpu":
         replace_linears(module)
         compute_dtype = torch.float32 if not has_fast_half_products() else blueprint.dtype
+    loops = ExpertLoops(module, unless="its weights are quantized" if config.model.weight_format else None)
     try:
         with one_thread():
             model = climb(
@@ -184,8 +186,10 @@ def adapt(
                 device=device,
                 parallel=config.parallel,
                 self_check=config.model.self_check,
+                loops=loops,
                 agree=agree,
             )
+            loops.log()
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
