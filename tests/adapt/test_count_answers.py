@@ -47,6 +47,23 @@ def test_rows_of_a_table_are_those_of_the_positions() -> None:
         assert torch.equal(TABLE[:5, None], TABLE.index_select(0, POSITIONS)[:, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_running_sums_of_ones_are_one_more(dtype: torch.dtype) -> None:
+    sums = {Count("cumsum", 0): Use.POSITIONS}
+    for position_ids in (POSITIONS[None], POSITIONS[:, None]):
+        with answered(sums, position_ids) as answers:
+            summed = torch.ones(position_ids.shape, dtype=dtype).cumsum(1, dtype=dtype)
+        answers.end()
+        assert torch.equal(summed, (position_ids + 1).to(dtype))
+    with answered(sums), pytest.raises(UnsupportedModelError, match="counts None"):
+        torch.tensor([[1, 1, 0, 1, 1]]).cumsum(1)
+
+
+def test_narrowed_tables_give_the_rows_of_positions() -> None:
+    with answered({ROWS: Use.POSITIONS}):
+        assert torch.equal(TABLE.narrow(0, 0, 5), TABLE.index_select(0, POSITIONS))
+
+
 def test_what_is_picked_from_by_positions_is_whole() -> None:
     with answered({FIRST: Use.WHOLE, ROWS: Use.WHOLE}):
         assert torch.arange(5).tolist() == list(range(32))

@@ -72,6 +72,41 @@ def test_calls_are_numbered_by_kind_and_table() -> None:
         calls.restart()
 
 
+def test_running_sums_of_ones_and_narrowed_tables_count_too() -> None:
+    table = torch.randn(32, 6)
+    calls = CountCalls([table])
+    seen = [
+        calls.see(torch.cumsum, (torch.ones(1, 7), 1), {}),
+        calls.see(torch.Tensor.cumsum, (torch.ones(7, 1, dtype=torch.bool),), {"dim": 0}),
+        calls.see(torch.cumsum, (torch.ones(4, 1), -1), {}),
+        calls.see(torch.cumsum, (torch.tensor([1, 1, 0]), 0), {}),
+        calls.see(torch.cumsum, (torch.ones(3, 7), 1), {}),
+        calls.see(torch.Tensor.narrow, (table, 0, 0, 5), {}),
+        calls.see(torch.narrow, (table,), {"dim": -2, "start": 0, "length": 6}),
+        calls.see(torch.narrow, (table, 0, 1, 5), {}),
+    ]
+    assert [None if call is None else (call.count, call.length) for call in seen] == [
+        (Count("cumsum", 0), 7),
+        (Count("cumsum", 1), 7),
+        (Count("cumsum", 2), 1),
+        (Count("cumsum", 3), None),
+        (Count("cumsum", 4), None),
+        (Count(id(table), 0), 5),
+        (Count(id(table), 1), 6),
+        None,
+    ]
+
+
+def test_what_is_written_into_is_no_table() -> None:
+    cache = torch.zeros(32, 6)
+    calls = CountCalls([cache])
+    for _ in range(2):
+        assert calls.see(torch.Tensor.__getitem__, (cache, slice(5)), {}) is not None
+        assert calls.see(torch.Tensor.__setitem__, (cache, slice(5), 0), {}) is None
+        assert calls.see(torch.Tensor.__getitem__, (cache, slice(5)), {}) is None
+        calls.restart()
+
+
 @pytest.mark.parametrize(
     ("shape", "index", "dim"),
     [

@@ -96,7 +96,7 @@ def test_a_table_that_is_too_short_is_refused() -> None:
 
 def test_frequencies_that_stretch_far_away_are_refused() -> None:
     config = StretchedConfig(trained_length=LONG_TRACE + 20, max_position_embeddings=1024)
-    with pytest.raises(UnsupportedModelError, match="in a pass of 1,023 tokens its code does something else"):
+    with pytest.raises(UnsupportedModelError, match="in a pass of 1,024 tokens its code does something else"):
         understood(StretchedLM, config, num_positions=1024)
     assert understood(StretchedLM, config, num_positions=LONG_TRACE).layers
 

@@ -12,6 +12,7 @@ from tests.conftest import build_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shardwright.adapt.arguments import plain_arguments
 from shardwright.adapt.eager import eager
 from shardwright.adapt.logits import logits_of
 
@@ -102,7 +103,8 @@ def generate(model: nn.Module, token_ids: list[int]) -> tuple[list[int], float]:
     """Greedy tokens by a full forward for each, and the least distance between the best two logits."""
     tokens, least_gap = list(token_ids), float("inf")
     for _ in range(NUM_TOKENS):
-        best = logits_of(model(torch.tensor([tokens])))[0, -1].topk(2)
+        input_ids = torch.tensor([tokens])
+        best = logits_of(model(input_ids, **plain_arguments(model, input_ids)))[0, -1].topk(2)
         least_gap = min(least_gap, float(best.values[0] - best.values[1]))
         tokens.append(int(best.indices[0]))
     return tokens[len(token_ids) :], least_gap

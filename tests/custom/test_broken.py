@@ -79,8 +79,8 @@ def test_a_forward_that_gives_no_logits(forward: str, reason: str, tmp_path: Pat
 
 
 def test_a_forward_that_asks_for_more_than_tokens(tmp_path: Path) -> None:
-    message = refusal(write(tmp_path, arguments=", labels"), UnsupportedModelError)
-    assert "missing 1 required positional argument: 'labels'" in message
+    message = refusal(write(tmp_path, arguments=", pixels"), UnsupportedModelError)
+    assert "missing 1 required positional argument: 'pixels'" in message
 
 
 def test_a_constructor_that_fails(tmp_path: Path) -> None:

@@ -66,9 +66,16 @@ class CountAnswers:
         self._num_counted += 1
         if use is Use.PLACES:
             return None
+        if call.count.table == "cumsum" and use is Use.POSITIONS:
+            summed: Tensor = func(*args, **kwargs)
+            return (self._position_ids + 1).to(summed.dtype).view(summed.shape)  # it begins with one
         if use is Use.POSITIONS and num_sequences > 1:
             raise UnsupportedModelError("its code counts positions, the same ones for all sequences of a batch")
-        return self._rows(call, use) if call.part is not None else self._positions(dtype_of_count(args, kwargs), use)
+        if call.part is not None:
+            return self._rows(call, use)
+        if call.count.table is not None:
+            raise UnsupportedModelError("its code picks out of a running sum of ones by position")
+        return self._positions(dtype_of_count(args, kwargs), use)
 
     def _positions(self, dtype: torch.dtype, use: Use) -> Tensor:
         if use is Use.WHOLE:

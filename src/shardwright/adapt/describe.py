@@ -32,6 +32,12 @@ STRIDE = 8
 MOST_PARAMETERS = 1_000_000_000
 """A larger module is not run with zeros for weights."""
 
+MOST_TRIED_PARAMETERS = 20_000_000
+"""A larger module is not run with zeros for weights, only to see how many tokens it takes,"""
+
+MOST_TRIED_TOKENS = 1024
+"""nor one of any size on more tokens."""
+
 _HOLDERS = ("config", "cfg", "args", "hparams", "params", "model_args", "model_config")
 _VOCAB = ("vocab_size", "n_vocab", "num_tokens", "vocabulary_size", "padded_vocab_size")
 _POSITIONS = (
@@ -88,12 +94,21 @@ def describe(
 
 
 def _limit(module: nn.Module, known: int | None, seen: Observation | Exception, *, runs_on_meta: bool) -> int | None:
-    """Most tokens that the module takes: what is known, what its tables have room for, what runs on "meta"."""
+    """Most tokens that the module takes: what is known, what its tables have room for, what runs."""
     if isinstance(seen, Exception):
         return known or _rows_of_position_tables(module)
     limit = min([*([known] if known else []), *seen.position_rows], default=None)
-    if not runs_on_meta:
-        return limit
+    if runs_on_meta:
+        limit = _limit_on_meta(module, limit)
+    # Rows past the end of a table are looked up on "meta" without complaint.
+    tried = min(limit or MOST_TOKENS, MOST_TRIED_TOKENS)
+    is_small = sum(p.numel() for p in module.parameters()) <= MOST_TRIED_PARAMETERS
+    if is_small and tried > FEW_TOKENS and isinstance(observe(module, tried, on_meta=False), Exception):
+        return _last_that_runs(module, FEW_TOKENS, tried, on_meta=False)
+    return limit
+
+
+def _limit_on_meta(module: nn.Module, limit: int | None) -> int | None:
     low, high, elapsed_s = FEW_TOKENS, FEW_TOKENS, 0.0
     while low < (limit or MOST_TOKENS) and elapsed_s < PATIENCE_S / STRIDE:
         high, started = min(low * STRIDE, limit or MOST_TOKENS), time.perf_counter()
@@ -103,11 +118,12 @@ def _limit(module: nn.Module, known: int | None, seen: Observation | Exception, 
     return limit
 
 
-def _last_that_runs(module: nn.Module, low: int, high: int) -> int:
-    """Most tokens that run, where `low` do and `high` do not."""
+def _last_that_runs(module: nn.Module, low: int, high: int, *, on_meta: bool = True) -> int:
+    """Most tokens that run, where `high` do not; `low` if none do that are more."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if isinstance(observe(module, middle), Exception) else (middle, high)
+        fails = isinstance(observe(module, middle, on_meta=on_meta), Exception)
+        low, high = (low, middle) if fails else (middle, high)
     return low
 
 

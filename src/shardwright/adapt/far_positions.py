@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from shardwright.adapt.logits import logits_of, without_cache
+from shardwright.adapt.arguments import without_cache
+from shardwright.adapt.logits import logits_of
 
 NUM_TOKENS = 9
 CHANGE = 1e-3

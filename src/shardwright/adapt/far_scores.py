@@ -70,6 +70,8 @@ class Meeting:
 
 
 def _is_near(one: Tensor, other: Tensor) -> bool:
+    if not (one.numel() and other.numel()):  # something else, which is as long as one of the prompts by accident
+        return True
     if one.shape != other.shape:
         return False
     dtype = torch.complex128 if one.is_complex() else torch.float64
@@ -107,6 +109,8 @@ class FarMode(TorchFunctionMode):
         self.met: list[Meeting] = []
         """What met the tokens, call by call."""
         self.rows, self.num_tokens = rows, num_tokens
+        self.is_late = False
+        """It took longer than it may."""
         self._deadline = time.process_time() + patience_s
         self._patience_s = patience_s
         self._vocab_size = vocab_size
@@ -120,6 +124,7 @@ class FarMode(TorchFunctionMode):
         kwargs = kwargs or {}
         counter = self._counter
         if time.process_time() > self._deadline:
+            self.is_late = True
             raise UnsupportedModelError(f"a pass of {self.num_tokens:,} tokens takes more than {self._patience_s:g} s")
         if func in OPENED:
             with self:

@@ -56,6 +56,14 @@ class FittedAttention:
     """Of the scores, that belongs to a position."""
     order: Tensor | None = None
     """[H] int64: the code's heads, those that share a KV head beside each other; None if they are so."""
+    scales_H: Tensor | None = None
+    """[H] float32: what the queries of the code's heads are multiplied with, if each has its own scale."""
+
+    def queries(self, query_HTD: Tensor) -> Tensor:
+        """The code's queries as those of paged attention, each with its head's scale: [H, T, D]."""
+        if self.scales_H is not None:
+            query_HTD = query_HTD * self.scales_H[:, None, None].to(query_HTD.dtype)
+        return query_HTD if self.order is None else query_HTD[self.order]
 
     def cached_heads(self, heads_HTD: Tensor) -> Tensor:
         """Of the code's heads of keys or values, one of those that are alike: [K, T, D]."""
@@ -74,6 +82,8 @@ class _Scores:
     bias: Bias | None = None
     sinks_H: Tensor | None = None
     first_column: int = 0
+    scales_H: Tensor | None = None
+    """Of the heads, if they have different ones, in place of `scale`."""
 
 
 def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
@@ -114,6 +124,7 @@ def fit_attention(trace: AttentionTrace, name: str) -> FittedAttention:
         bias,
         scores.first_column,
         order,
+        scores.scales_H,
     )
 
 
@@ -172,15 +183,17 @@ def _fit_softmax(trace: AttentionTrace, query: Tensor, key: Tensor, *, is_shifte
         raise UnsupportedModelError(f"its weights are {tuple(weights.shape)}")
     columns = _columns(trace.scores, weights)
     scores, blank = (tensor[..., columns].float() for tensor in (trace.scores, trace.blank))
-    visibility = read_visibility(scores > HIDDEN)
-    seen = (scores > HIDDEN)[0]
+    allowed = scores > HIDDEN
+    if trace.blank_weights is not None and bool(allowed.all()):  # what is hidden is taken away after the exponential
+        allowed = trace.blank_weights != 0
+    visibility, seen = read_visibility(allowed), allowed[0]
     sums = weights.sum(-1)
     has_sinks = bool((1 - sums > LEAST_SINK + ROUNDINGS * precision).any())
     rows = torch.arange(length, device=blank.device)
     bias = read_bias(blank, seen, rows, precision=precision, ignores_rows=is_shifted or not has_sinks)
     products = query @ key.transpose(1, 2)
-    scale, softcap = _scale_and_cap(scores - blank, products, scores, seen, precision, is_shifted=is_shifted)
-    expected = _capped(scale * products, softcap)
+    scales, softcap = _scale_and_cap(scores - blank, products, scores, seen, precision, is_shifted=is_shifted)
+    expected = _capped(scales[:, None, None] * products, softcap)
     if bias is not None:
         expected += bias.at(distances_from(rows, length))
     expected = expected.masked_fill(~seen, float("-inf"))
@@ -198,7 +211,9 @@ def _fit_softmax(trace: AttentionTrace, query: Tensor, key: Tensor, *, is_shifte
     rounded = ROUNDINGS * precision * (1 + scores.abs().masked_fill(~seen, 0).amax(-1, keepdim=True))
     if not bool((misfit <= TOLERANCE + rounded).all()):
         raise UnsupportedModelError("its weights are not the softmax of its scores")
-    return _Scores(visibility, scale, softcap, bias, sinks, columns.start)
+    is_same = bool((scales == scales[0]).all())
+    scale, by_head = (float(scales[0]), None) if is_same else (1.0, scales)
+    return _Scores(visibility, scale, softcap, bias, sinks, columns.start, by_head)
 
 
 def _columns(scores: Tensor, weights: Tensor) -> slice:
@@ -213,8 +228,8 @@ def _columns(scores: Tensor, weights: Tensor) -> slice:
 
 def _scale_and_cap(
     rest: Tensor, products: Tensor, scores: Tensor, seen: Tensor, precision: float, *, is_shifted: bool
-) -> tuple[float, float | None]:
-    """Scale and soft-cap that make products of queries and keys to scores without their bias.
+) -> tuple[Tensor, float | None]:
+    """Scale of each head ([H]) and soft-cap that make products of queries and keys to scores without their bias.
 
     Args:
         rest: [H, T, T], scores less mask and bias.
@@ -232,24 +247,32 @@ def _scale_and_cap(
     actual, straight, sizes = compared(rest), compared(products), scores.abs()[:, seen]
     largest = actual.abs().max()
     bound = TOLERANCE * largest + ROUNDINGS * precision * (sizes + (sizes.max() if is_shifted else 0))
-    fits: list[tuple[float, float, float | None]] = []
-    for softcap in (None, *SOFT_CAPS):
-        if softcap is None:
-            scale = float((actual * straight).sum() / straight.square().sum().clamp_min(1e-12))
-        elif is_shifted or bool((rest[:, seen].abs() >= softcap).any()):
-            continue
-        else:
-            uncapped = torch.atanh(actual / softcap) * softcap
-            scale = float((uncapped * straight).sum() / straight.square().sum().clamp_min(1e-12))
-        expected = compared(_capped(scale * products, softcap))
-        misfit = float(((actual - expected).abs() / bound.clamp_min(1e-12)).max())
-        fits.append((misfit if softcap is None else misfit * CAP_ADVANTAGE, scale, softcap))
-        if misfit < PERFECT:
-            break
-    misfit, scale, softcap = min(fits, key=lambda fit: fit[0])
-    if not misfit <= 1:
-        raise UnsupportedModelError("its scores are not scaled products of queries and keys, with or without a bias")
-    return scale, softcap
+
+    def misfit_of(scales: Tensor, softcap: float | None) -> float:
+        expected = compared(_capped(scales[:, None, None] * products, softcap))
+        return float(((actual - expected).abs() / bound.clamp_min(1e-12)).max())
+
+    for is_by_head in (False, True):
+        fits: list[tuple[float, Tensor, float | None]] = []
+        for softcap in (None, *SOFT_CAPS):
+            if softcap is None:
+                uncapped = actual
+            elif is_shifted or bool((rest[:, seen].abs() >= softcap).any()):
+                continue
+            else:
+                uncapped = torch.atanh(actual / softcap) * softcap
+            shares, squares = (uncapped * straight).sum(-1), straight.square().sum(-1)
+            if not is_by_head:
+                shares, squares = (sums.sum().expand(len(products)) for sums in (shares, squares))
+            scales = shares / squares.clamp_min(1e-12)
+            misfit = misfit_of(scales, softcap)
+            fits.append((misfit if softcap is None else misfit * CAP_ADVANTAGE, scales, softcap))
+            if misfit < PERFECT:
+                break
+        misfit, scales, softcap = min(fits, key=lambda fit: fit[0])
+        if misfit <= 1:
+            return scales, softcap
+    raise UnsupportedModelError("its scores are not scaled products of queries and keys, with or without a bias")
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

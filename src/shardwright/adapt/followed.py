@@ -50,6 +50,8 @@ class AttentionTrace:
     """As `scores`, had all products been zero."""
     weights: Tensor | None = None
     """[H, T, T]: what met the values."""
+    blank_weights: Tensor | None = None
+    """As `weights`, had all products been zero."""
     is_flex: bool = False
     """It is what flex_attention does, spelled out."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class AttentionTrace:
     def forget(self) -> None:
         """Let go of all numbers."""
         self.query = self.key = self.query.new_empty(0)
-        self.value = self.scores = self.blank = self.weights = None
+        self.value = self.scores = self.blank = self.weights = self.blank_weights = None
         self.options = {}
 
 

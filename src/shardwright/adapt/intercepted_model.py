@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.adapt.agreement import agreed
+from shardwright.adapt.arguments import plain_arguments, with_positions
 from shardwright.adapt.counting import COUNTS_ONCE
 from shardwright.adapt.dispatch import blank_masks
 from shardwright.adapt.far_fit import far_rows, fit_far
@@ -23,7 +24,7 @@ from shardwright.adapt.fit import FittedAttention, fit_attention, with_biases
 from shardwright.adapt.followed import AttentionTrace
 from shardwright.adapt.interception import ServingMode
 from shardwright.adapt.latent import LatentFinder, LatentSearch, LatentTaps, find_latents, no_latents
-from shardwright.adapt.logits import logits_of, rows_of, without_cache
+from shardwright.adapt.logits import logits_of, rows_of
 from shardwright.adapt.paged import ForwardInputs, PagedStep
 from shardwright.adapt.probe import accepts
 from shardwright.adapt.remembered import Remembered
@@ -53,7 +54,10 @@ MAX_FAR_BYTES = 1 << 30
 """A trace that would make a larger tensor is left out,"""
 
 FAR_PATIENCE_S = 2.0
-"""and so is one that would take longer, by the clock of this process; the shortest has to be done within it."""
+"""and so is one that would take longer, by the clock of this process;"""
+
+MOST_PATIENCE_S = 3.0
+"""one that takes that long all the same is given up, which only the shortest may not be."""
 
 REPEATED = 0.1
 """Share of an example's tokens that are the same as the one before: code may look for repetitions."""
@@ -91,7 +95,6 @@ class InterceptedModel:
         self.module = module
         self._vocab_size = vocab_size
         self._takes_positions = accepts(module, "position_ids")
-        self._options = without_cache(module)
         self._agree = agree
         self._fresh = fresh or Remembered(module)
         self._forgets = False
@@ -139,7 +142,7 @@ class InterceptedModel:
 
     @torch.inference_mode()
     def _find_special_ids(self) -> list[int]:
-        tokens, arguments = self._example(SHORT_TRACE)
+        tokens, arguments = self._example(SHORT_TRACE - 2)  # of this length only here, if code remembers lengths
         return find_special_ids(self.module, tokens, arguments, vocab_size=self._vocab_size)
 
     def _fit_near(self, num_tokens: int, needs_attention: bool) -> tuple[ForwardTrace, list[FittedAttention]]:
@@ -178,6 +181,8 @@ class InterceptedModel:
             raise UnsupportedModelError("its code computes differently for different prompts")
         if short.counts != again.counts:
             raise UnsupportedModelError(COUNTS_ONCE)
+        if short.decisions != again.decisions:
+            raise UnsupportedModelError("its code decides by a number computed of all tokens of a prompt together")
         if short.num_rows is not None and short.num_rows < num_positions:
             raise UnsupportedModelError(
                 f"a table in its code has {short.num_rows:,} positions, but {num_positions:,} are to be served"
@@ -227,11 +232,11 @@ class InterceptedModel:
             torch.zeros(1, dtype=torch.int64, device=device),
             num_tokens=SHORT_TRACE,
             vocab_size=self._vocab_size,
-            patience_s=FAR_PATIENCE_S,
+            patience_s=MOST_PATIENCE_S,
         )
         self._run_far(short)
-        farthest = num_positions - 1 + num_positions % 2
-        for num_tokens in sorted({min(length, farthest) for length in FAR_TRACES if length > num_near}):
+        lengths = (num_positions if num_positions < 1.05 * length else length for length in FAR_TRACES)
+        for num_tokens in sorted({length for length in lengths if num_near < length <= num_positions}):
             growth = (num_tokens / reached) ** 2
             if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and elapsed_s * growth <= FAR_PATIENCE_S):
                 break
@@ -243,17 +248,31 @@ class InterceptedModel:
                 rows,
                 num_tokens=num_tokens,
                 vocab_size=self._vocab_size,
-                patience_s=FAR_PATIENCE_S,
+                patience_s=MOST_PATIENCE_S,
             )
-            attentions = agreed(partial(self._look_far, mode, short, near, num_near, precision), self._agree)
+            is_first = reached == 1
+            look = partial(self._look_far, mode, short, near, num_near, precision, may_be_late=not is_first)
+            looked = agreed(look, self._agree)
+            if not self._agree(is_first or not mode.is_late):
+                break
+            attentions = looked
             largest_bytes, elapsed_s, reached = mode.largest_bytes, time.process_time() - started, num_tokens
         return attentions
 
     def _look_far(
-        self, mode: FarMode, short: FarMode, near: list[FittedAttention], num_near: int, precision: float
+        self,
+        mode: FarMode,
+        short: FarMode,
+        near: list[FittedAttention],
+        num_near: int,
+        precision: float,
+        *,
+        may_be_late: bool,
     ) -> list[FittedAttention]:
         """The attentions as they are as far as a pass reaches; `short` is one of a few tokens."""
         failure = self._run_far(mode)
+        if mode.is_late and may_be_late:
+            return near
         if missing := [a.spec.name for i, a in enumerate(near) if i not in mode.found]:
             raise UnsupportedModelError(f"{missing[0]}: what it is beyond {num_near:,} tokens is not known{failure}")
         for one, other in zip(short.met, mode.met, strict=False):  # as far as both went
@@ -327,7 +346,9 @@ class InterceptedModel:
         return tokens[None].to(device), self._arguments(torch.arange(num_tokens, device=device))
 
     def _arguments(self, position_ids: Tensor) -> dict[str, Any]:
-        return self._options | ({"position_ids": position_ids[None]} if self._takes_positions else {})
+        """What goes with tokens at these positions ([T] int64)."""
+        arguments = with_positions(plain_arguments(self.module, position_ids[None]), position_ids)
+        return arguments | ({"position_ids": position_ids[None]} if self._takes_positions else {})
 
 
 def _kind_of(trace: ForwardTrace) -> tuple[AttentionRung, str]:

@@ -132,8 +132,7 @@ class ServingMode(TorchFunctionMode):
     def _attend(self, index: int, query_HTD: Tensor, key_HTD: Tensor, value_HTV: Tensor) -> Tensor:
         """Paged attention of one call; returns [H, T, V]."""
         attention = self._attentions[index]
-        if attention.order is not None:
-            query_HTD = query_HTD[attention.order]
+        query_HTD = attention.queries(query_HTD)
         key_TKD, value_TKV = (attention.cached_heads(heads).transpose(0, 1) for heads in (key_HTD, value_HTV))
         query_THD, latent = query_HTD.transpose(0, 1), self._taps.take(index)
         output = self._step.attend(index, query_THD, key_TKD, value_TKV, attention.params, latent)

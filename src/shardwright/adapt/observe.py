@@ -17,11 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from shardwright.adapt.arguments import plain_arguments
 from shardwright.adapt.eager import eager
-from shardwright.adapt.logits import logits_of, without_cache
-from shardwright.adapt.remembered import Remembered
+from shardwright.adapt.logits import logits_of
+from shardwright.adapt.remembered import Remembered, global_tensors
 
 logger = logging.getLogger(__name__)
+
+ORDINARY_ID = 5
+"""The first few often stand for padding and the like."""
 
 
 class Observation(TorchFunctionMode):
@@ -40,7 +44,8 @@ class Observation(TorchFunctionMode):
         self.position_rows: list[int] = []
         """Lengths of the tables that positions were looked up in, or that were cut to the number of tokens."""
         self._num_tokens = input_ids.numel()
-        self._tables = {id(tensor): tensor for tensor in held_tensors(module)}
+        tables = (*held_tensors(module), *global_tensors(module))
+        self._tables = {id(tensor): tensor for tensor in tables}
         self._tokens = {id(input_ids): input_ids}
         self._counts = {id(table): table for table in self._tables.values() if _is_whole(table)}
 
@@ -71,11 +76,11 @@ def observe(module: nn.Module, num_tokens: int, *, on_meta: bool = True) -> Obse
     outside = Remembered(module)  # what is not in the copy
     try:
         with torch.inference_mode(), torch.device(device):
-            input_ids = torch.ones(1, num_tokens, dtype=torch.int64)  # zero may stand for padding
+            input_ids = torch.full((1, num_tokens), ORDINARY_ID)
             skeleton = _copy(module, on_meta=on_meta)
             observation = Observation(skeleton, input_ids)
             with observation:
-                output = skeleton(input_ids, **without_cache(module))
+                output = skeleton(input_ids, **plain_arguments(module, input_ids))
             observation.vocab_size = logits_of(output).shape[-1]
     except Exception as exc:  # of the module's code; it may also be too many tokens for it
         logger.debug("%d tokens on %s: %s: %s", num_tokens, device, type(exc).__name__, exc)

@@ -111,10 +111,10 @@ class Remembered:
         for owner in module.modules():
             if _is_own(type(owner)):
                 self._keep_names(owner, depth=2)
-        kinds = {kind for owner in module.modules() for kind in type(owner).__mro__ if _is_own(kind)}
+        kinds = _own_classes(module)
         for kind in kinds:
             self._keep_names(kind, depth=1)
-        for file in files_of(kinds):
+        for file in _files_of(kinds):
             self._keep_names(file, depth=1)
 
     def restore(self) -> None:
@@ -151,7 +151,17 @@ class Remembered:
             self._keep_names(value, depth=depth - 1)
 
 
-def files_of(kinds: set[type]) -> list[ModuleType]:
+def global_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors among the globals of the files that a module's code is in."""
+    for file in _files_of(_own_classes(module)):
+        yield from (value for value in vars(file).values() if isinstance(value, Tensor))
+
+
+def _own_classes(module: nn.Module) -> set[type]:
+    return {kind for owner in module.modules() for kind in type(owner).__mro__ if _is_own(kind)}
+
+
+def _files_of(kinds: set[type]) -> list[ModuleType]:
     """Modules in which classes are defined, and the functions that these files use; none of a library."""
     names = {kind.__module__ for kind in kinds if kind.__module__ in sys.modules}
     for name in list(names):

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from shardwright.adapt.calls import OPENED, CallCounter, takes_last_token
 from shardwright.adapt.count_calls import Count, CountCalls, tables_of
 from shardwright.adapt.counting import CountFollower, Use
+from shardwright.adapt.decisions import Decisions
 from shardwright.adapt.flex import FLEX
 from shardwright.adapt.followed import AttentionTrace, Followed, follow, followed_in, plain
 from shardwright.adapt.products import Product, heads_of, without_product
@@ -37,6 +38,8 @@ class ForwardTrace:
     """Calls that count the tokens."""
     row_labels: dict[str, str] = field(default_factory=dict)
     """Of einsums: see adapt/products.py."""
+    decisions: list[float] = field(default_factory=list)
+    """Numbers that the code looked at."""
     num_rows: int | None = None
     """Fewest rows of the tables that counts are slices of."""
     last_place: int | None = None
@@ -62,7 +65,12 @@ class TracingMode(TorchFunctionMode):
         self._understand = understand
         self._follower = CountFollower(CountCalls(tables_of(model)), num_tokens)
         self._counter = CallCounter(model, num_tokens=num_tokens)
-        self.trace = ForwardTrace(counts=self._follower.uses, row_labels=self._counter.row_labels.known)
+        self._decisions = Decisions()
+        self.trace = ForwardTrace(
+            counts=self._follower.uses,
+            row_labels=self._counter.row_labels.known,
+            decisions=self._decisions.numbers,
+        )
         self._num_tokens = num_tokens
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,6 +91,7 @@ class TracingMode(TorchFunctionMode):
             self.trace.last_place, counter.num_lasts = counter.num_lasts, counter.num_lasts + 1
         result = func(*args, **kwargs)
         self._follower.observe(func, args, kwargs, result)
+        self._decisions.observe(func, args, result)
         return result
 
     def finish(self, num_logits: int) -> None:
@@ -127,6 +136,7 @@ class TracingMode(TorchFunctionMode):
             if attention.scores is not None and attention.value is None and isinstance(product.left, Followed):
                 attention.value, attention.value_place = plain(product.right).detach(), place
                 attention.weights = plain(product.left).detach()
+                attention.blank_weights = product.left.blank.detach()
                 self._complete(attention)
             with torch._C.DisableTorchFunctionSubclass():
                 return plain(func(*args, **kwargs))

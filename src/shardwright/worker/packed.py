@@ -20,6 +20,7 @@ from shardwright.attention.layout import AttentionBackend
 from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import bytes_per_block
 from shardwright.errors import UnsupportedModelError
+from shardwright.foreign_errors import described
 from shardwright.replay.program import OutOfRangeError, Program
 from shardwright.replay.record import Recorder, record
 from shardwright.worker.inputs import build_inputs
@@ -145,13 +146,18 @@ class PackedModel:
                     self._program = None
             try:
                 return self.served.forward(inputs, self._cache, self._backend)
-            except UnsupportedModelError as exc:
-                if not self.is_chosen or not self._may_recompute:
+            except Exception as exc:  # of the module's code, which may fail in any way; memory may be freed
+                if (
+                    not self.is_chosen
+                    or not self._may_recompute
+                    or isinstance(exc, (MemoryError, torch.OutOfMemoryError))
+                ):
                     raise
-                logger.warning("from now on every step computes whole sequences, one at a time: %s", exc)
+                reason = str(exc) if isinstance(exc, UnsupportedModelError) else described(exc)
+                logger.warning("from now on every step computes whole sequences, one at a time: %s", reason)
                 self.served.forget()
                 set_attention(self.served.module, "eager")
-                self._recomputing = RecomputingModel(self.served.module, str(exc), device=self._device)
+                self._recomputing = RecomputingModel(self.served.module, reason, device=self._device)
         return self._recomputing.compute(step)
 
     def _repeats(self, step: StepTables) -> bool:
