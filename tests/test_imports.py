@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": LEAVES | {"kernels"},
     "attention": LEAVES | {"cache", "kernels"},
     "plans": LEAVES | {"layers"},
-    "adapt": LEAVES | {"attention", "cache", "kernels", "layers"},
+    "adapt": LEAVES | {"attention", "cache", "layers"},
     "replay": LEAVES | {"adapt", "attention", "cache", "kernels", "layers"},
     "experts": LEAVES | {"adapt", "layers", "replay"},
     "worker": LEAVES | {"adapt", "attention", "cache", "experts", "layers", "loading", "models", "plans", "replay"},
