@@ -54,7 +54,7 @@ MAX_FAR_BYTES = 1 << 30
 """A trace that would make a larger tensor is left out,"""
 
 FAR_PATIENCE_S = 2.0
-"""and so is one that would take longer, by the clock of this process;"""
+"""and so is one that would take longer, by the clock of this process; twice as long if it adds an unsettled bias;"""
 
 MOST_PATIENCE_S = 3.0
 """one that takes that long all the same is given up, which only the shortest may not be."""
@@ -238,7 +238,9 @@ class InterceptedModel:
         lengths = (num_positions if num_positions < 1.05 * length else length for length in FAR_TRACES)
         for num_tokens in sorted({length for length in lengths if num_near < length <= num_positions}):
             growth = (num_tokens / reached) ** 2
-            if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and elapsed_s * growth <= FAR_PATIENCE_S):
+            patience = 2 if any(a.bias is not None and not a.bias.is_settled for a in attentions) else 1
+            is_affordable = elapsed_s * growth <= patience * FAR_PATIENCE_S
+            if not self._agree(largest_bytes * growth <= MAX_FAR_BYTES and is_affordable):
                 break
             started = time.process_time()
             rows = far_rows(num_near, num_tokens, device)
@@ -248,7 +250,7 @@ class InterceptedModel:
                 rows,
                 num_tokens=num_tokens,
                 vocab_size=self._vocab_size,
-                patience_s=MOST_PATIENCE_S,
+                patience_s=patience * MOST_PATIENCE_S,
             )
             is_first = reached == 1
             look = partial(self._look_far, mode, short, near, num_near, precision, may_be_late=not is_first)
