@@ -18,6 +18,7 @@ from shardwright.worker import ladder
 from shardwright.worker.ladder import climb
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.self_check import check_logits, plain_logits
+from shardwright.worker.step import StepModel
 
 PROMPTS = [[5, 9, 33, 7, 21], [40 + i for i in range(17)], [60, 4, 4, 61]]
 NUM_TOKENS = 10
@@ -54,7 +55,13 @@ def test_tokens_are_those_of_its_own_code(kind: type[nn.Module], monkeypatch: py
 
 
 def climbed(model: nn.Module, num_positions: int, loops: ExpertLoops | None = None) -> PackedModel:
-    served = climb(
+    served = climbed_somewhere(model, num_positions, loops)
+    assert isinstance(served, PackedModel)
+    return served
+
+
+def climbed_somewhere(model: nn.Module, num_positions: int, loops: ExpertLoops | None = None) -> StepModel:
+    return climb(
         model,
         num_positions=num_positions,
         vocab_size=VOCAB_SIZE,
@@ -64,17 +71,16 @@ def climbed(model: nn.Module, num_positions: int, loops: ExpertLoops | None = No
         device=torch.device("cpu"),
         loops=loops,
     )
-    assert isinstance(served, PackedModel)
-    return served
 
 
 def test_steps_are_recorded() -> None:
-    """As they cannot be while a loop looks at who chose its expert."""
     sizes = {"num_positions": 64, "vocab_size": VOCAB_SIZE, "most_tokens": 32, "most_rows": 4}
     served = climbed(make_decoder(blocks.Masks), 64)
     assert served.record(**sizes) is None
-    kept = climbed(make_decoder(blocks.Looks), 64)
-    assert kept.record(**sizes) is not None
+
+
+def test_requests_are_not_computed_together_where_all_tokens_decide() -> None:
+    assert climbed_somewhere(make_decoder(blocks.Looks), 64).rung is AttentionRung.RECOMPUTE
 
 
 @pytest.mark.parametrize("kind", [blocks.EveryExpert, blocks.Stacked])

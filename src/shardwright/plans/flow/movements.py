@@ -87,7 +87,7 @@ def movement(flow: Flow, op: Op) -> None:
             found = labels[value]
             if found is None:
                 return torch.zeros(value.size, dtype=torch.int64)
-            return torch.from_numpy(np.ascontiguousarray(found))
+            return torch.from_numpy(np.array(found))
         return [moved(v) for v in value] if isinstance(value, list | tuple) else value
 
     result = op.func(*[moved(a) for a in op.args], **{k: moved(v) for k, v in op.kwargs.items()})
