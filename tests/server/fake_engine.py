@@ -180,7 +180,7 @@ class AlphabetEngine:
             one = text_1[place if len(text_1) > 1 else 0]
             if not other:
                 raise RequestError("the prompt is empty", param="text_1" if text_2 is None else f"text_2[{place}]")
-            score = len(one) if text_2 is None else len({*one} & {*other}) / len({*one})
+            score = len(one) if text_2 is None else len({*one} & {*other}) / max(len({*one}), 1)
             token_ids = list(range(len(one) + (0 if text_2 is None else len(other[:truncate_prompt_tokens]))))
             outputs.append(ScoreOutput(prompt_token_ids=token_ids, score=float(score)))
         return outputs
