@@ -19,8 +19,8 @@ from shardwright.kernels.attention import is_available, paged_attention
 
 
 @dataclass(frozen=True)
-class NativePlan:
-    """The sequences of one step and cache group, and the positions that their tokens see."""
+class Queries:
+    """Sequences of a step, and the positions that their tokens see."""
 
     starts: npt.NDArray[np.int64]
     """[S + 1]: tokens of each sequence."""
@@ -29,12 +29,18 @@ class NativePlan:
     first: npt.NDArray[np.int64]
     last: npt.NDArray[np.int64]
     """[T]."""
-    latents: _LatentPlan
 
 
 @dataclass(frozen=True)
-class _LatentPlan:
-    """What layers that cache latents need besides."""
+class NativePlan(Queries):
+    """All of one step and cache group."""
+
+    latents: LatentPlan
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """What layers that cache latents need instead, made when the first of them is met."""
 
     batched: BatchedBackend
     layout: StepLayout
@@ -48,9 +54,16 @@ class _LatentPlan:
         return is_decode
 
     @cached_property
-    def decodes(self) -> Tensor:
+    def decoding(self) -> Tensor:
         """[S] int64: where the decodes' queries stand in the step."""
         return torch.from_numpy(self.layout.query_starts[:-1][self.is_decode])
+
+    @cached_property
+    def decodes(self) -> Queries:
+        """Of one token each."""
+        last = self.layout.num_computed[self.is_decode]
+        tables = np.ascontiguousarray(self.block_tables[self.is_decode])
+        return Queries(np.arange(len(last) + 1), tables, self.visibility.first_visible_of(last), last)
 
     @cached_property
     def prompts(self) -> BatchedPlan:
@@ -79,7 +92,7 @@ class NativeBackend:
             tables=np.ascontiguousarray(block_tables),
             first=visibility.first_visible_of(last),
             last=last,
-            latents=_LatentPlan(self._batched, layout, block_tables, visibility),
+            latents=LatentPlan(self._batched, layout, block_tables, visibility),
         )
 
     def forward(
@@ -91,7 +104,7 @@ class NativeBackend:
         plan: NativePlan,
         params: AttentionParams,
     ) -> Tensor:
-        return self._attend(query_THD, cache, plan.starts, plan.tables, plan.first, plan.last, params)
+        return self._attend(query_THD, cache, plan, params)
 
     def forward_latent(
         self,
@@ -104,42 +117,28 @@ class NativeBackend:
         projection: LatentProjection,
     ) -> Tensor:
         latents = plan.latents
-        decodes, is_decode = latents.decodes, latents.is_decode
-        starts, tables = np.arange(len(decodes) + 1), plan.tables[is_decode]
-        first, last = plan.first[decodes.numpy()], plan.last[decodes.numpy()]
 
         def decode(query_SHD: Tensor) -> Tensor:
             return projection.around(
-                lambda query_SHC: self._attend(query_SHC, cache, starts, tables, first, last, params),
-                query_SHD,
-                self.compute_dtype,
+                lambda query_SHC: self._attend(query_SHC, cache, latents.decodes, params), query_SHD, self.compute_dtype
             )
 
-        if is_decode.all():
+        if latents.is_decode.all():
             return decode(query_THD)
         output = self._batched.forward_latent(query_THD, key_TKD, value_TKV, cache, latents.prompts, params, projection)
-        if len(decodes):
-            output[decodes] = decode(query_THD[decodes])
+        if len(latents.decoding):
+            output[latents.decoding] = decode(query_THD[latents.decoding])
         return output
 
-    def _attend(
-        self,
-        query_THD: Tensor,
-        cache: LayerCache,
-        starts: npt.NDArray[np.int64],
-        tables: npt.NDArray[np.int32],
-        first: npt.NDArray[np.int64],
-        last: npt.NDArray[np.int64],
-        params: AttentionParams,
-    ) -> Tensor:
+    def _attend(self, query_THD: Tensor, cache: LayerCache, queries: Queries, params: AttentionParams) -> Tensor:
         return paged_attention(
             query_THD,
             cache.keys_NKD,
             cache.values_NKV,
-            starts,
-            tables,
-            first,
-            last,
+            queries.starts,
+            queries.tables,
+            queries.first,
+            queries.last,
             block_size=self.block_size,
             scale=params.scale,
             softcap=params.softcap,

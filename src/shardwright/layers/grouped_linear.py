@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-import psutil
 import torch
 from torch import Tensor
 
 from shardwright.kernels.packed_linear import (
+    LIBRARY,
     PACKED_TYPES,
     is_available,
     multiply_packed,
     pack_weight,
-    packed_elements,
 )
-from shardwright.layers.packed_linear import MEMORY_SHARE, most_packed_tokens
+from shardwright.layers.packed_linear import most_packed_tokens, room_for_packed
 from shardwright.layers.upcast_linear import SCRATCH_ELEMENTS, has_fast_half_products, widened_linear
 
-_LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_LIBRARY.define("group_by_expert(Tensor chosen, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define("grouped_linear(Tensor rows, Tensor ends, Tensor[] matrices, Tensor[] packed, int outer) -> Tensor")
+LIBRARY.define("group_by_expert(Tensor chosen, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("grouped_linear(Tensor rows, Tensor ends, Tensor[] matrices, Tensor[] packed, int outer) -> Tensor")
 
 OLDEST_GROUPING_GPU = (8, 0)
 """Compute capability from which on torch multiplies all groups in one call."""
@@ -90,7 +88,7 @@ def multiplies_grouped(matrix: Tensor) -> bool:
     return all(size * matrix.element_size() % GROUPED_ROW_BYTES == 0 for size in matrix.shape)
 
 
-@torch.library.impl(_LIBRARY, "group_by_expert", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "group_by_expert", "CompositeExplicitAutograd")
 def _group_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(max(len(order), num_experts), device=chosen.device)
@@ -99,7 +97,7 @@ def _group_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     return order // chosen.shape[1], experts, places, ends
 
 
-@torch.library.impl(_LIBRARY, "grouped_linear", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "grouped_linear", "CompositeExplicitAutograd")
 def _grouped_linear(rows: Tensor, ends: Tensor, matrices: list[Tensor], packed: list[Tensor], outer: int) -> Tensor:
     output = rows.new_empty(len(rows), outer)
     most_packed = most_packed_tokens(rows.dtype) if packed else 0
@@ -136,13 +134,11 @@ def _packed(matrices: Sequence[Tensor], packed: Mapping[int, Tensor]) -> list[Te
     """Packed weights of experts; none if they cannot be packed, or memory for them is short."""
     if not is_available() or matrices[0].dtype not in PACKED_TYPES:
         return []
-    inner, outer = matrices[0].shape
     if all(m.data_ptr() in packed and m.mT.is_contiguous() for m in matrices):
         return [packed[m.data_ptr()] for m in matrices]
-    num_bytes = len(matrices) * packed_elements(outer, inner) * PACKED_TYPES[matrices[0].dtype].itemsize
-    if num_bytes > MEMORY_SHARE * psutil.virtual_memory().available:
-        return []
-    return [pack_weight(m.mT) for m in matrices]
+    weights = [m.mT for m in matrices]
+    room = room_for_packed(weights)
+    return [] if room is None else [pack_weight(weight, into) for weight, into in zip(weights, room, strict=True)]
 
 
 @cache

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import psutil
@@ -52,12 +54,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], dtype of the input."""
-        if self.is_plain:
+        is_long = self.most_tokens is not None and input.numel() > self.most_tokens * self.in_features
+        if self.is_plain or is_long:
             return super().forward(input)
         if _version(self.weight) != self.packed_version:  # RWKV's code scales its weights when it is first run
             self.pack()
-        if self.most_tokens is not None and input.numel() > self.most_tokens * self.in_features:
-            return F.linear(input, self.weight, self.bias)
         rows = input.reshape(math.prod(input.shape[:-1]), self.in_features)
         output = packed_linear(rows, self.packed, self.wide_bias, self.out_features)
         return output.view(*input.shape[:-1], self.out_features)
@@ -72,21 +73,32 @@ def pack_linears(module: nn.Module) -> int:
     plain = (nn.Linear, *PARALLEL_LINEARS)
     linears: list[Any] = [m for m in module.modules() if type(m) in plain and m.weight.dtype in PACKED_TYPES]
     linears = [linear for linear in linears if linear.weight.ndim == 2]  # those of other pipeline stages are empty
-    sizes = [packed_elements(*m.weight.shape) * PACKED_TYPES[m.weight.dtype].itemsize for m in linears]
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    if starts[-1] > MEMORY_SHARE * psutil.virtual_memory().available:
-        logger.warning("weights are not packed, which makes steps slower: it takes %.1f GiB", starts[-1] / 2**30)
+    room = room_for_packed([linear.weight for linear in linears])
+    if room is None:
         return 0
-    memory = empty_in_huge_pages(starts[-1])
-    for linear, start, size in zip(linears, starts, sizes, strict=False):
+    for linear, packed in zip(linears, room, strict=True):
         linear.__class__ = PackedLinear if type(linear) is nn.Linear else combined((type(linear), PackedLinear))
         assert isinstance(linear, PackedLinear)
-        linear.packed = memory[start : start + size].view(PACKED_TYPES[linear.weight.dtype])
+        linear.packed = packed
         linear.pack()
         linear.most_tokens = most_packed_tokens(linear.weight.dtype)
     return len(linears)
+
+
+def room_for_packed(weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """Where weights [outer, inner] are packed to, side by side in huge pages; None, with a warning, if memory is short.
+
+    Args:
+        weights: each of one of PACKED_TYPES.
+    """
+    types = [PACKED_TYPES[weight.dtype] for weight in weights]
+    sizes = [packed_elements(*weight.shape) * t.itemsize for weight, t in zip(weights, types, strict=True)]
+    starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    if starts[-1] > MEMORY_SHARE * psutil.virtual_memory().available:
+        logger.warning("weights are not packed, which makes steps slower: it takes %.1f GiB", starts[-1] / 2**30)
+        return None
+    memory = empty_in_huge_pages(starts[-1])
+    return [memory[s : s + size].view(t) for s, size, t in zip(starts, sizes, types, strict=False)]
 
 
 def most_packed_tokens(dtype: torch.dtype) -> int | None:

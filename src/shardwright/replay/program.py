@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,8 @@ from shardwright.replay.lower import Lowering
 from shardwright.replay.selection import find_selection
 from shardwright.replay.trace import Attend, WriteCache, mapped
 
-LISTS_KEPT = 4
-"""Numbers of tokens for which the list of instructions is kept."""
+LISTS_KEPT = 16
+"""Sizes of steps for which the list of instructions is kept, and calls that are left to PyTorch."""
 MOST_BYTES = 1 << 29
 """Of memory for what a step computes, if smaller steps do with less."""
 _GROUP_FIELDS = 7
@@ -105,14 +105,12 @@ class Program:
         ]
         self._base, self._slope = encode(instructions, addresses)
         self._list = lru_cache(LISTS_KEPT)(self._make_list)
-        self._view = lru_cache(None)(self._make_view)
-        self._bound = lru_cache(None)(self._bind_call)
-        self._group_of_layer: list[int] = []
+        self._logits = lru_cache(LISTS_KEPT)(partial(self._view, recording.output))
+        self._bound = lru_cache(LISTS_KEPT * len(self._host))(self._bind_call)
         self._groups: npt.NDArray[np.int64] = np.zeros((0, _GROUP_FIELDS), dtype=np.int64)
 
     def bind(self, cache: KVCache) -> None:
         """Let the program read and write a cache."""
-        self._group_of_layer = cache.group_of_layer
         for use in self._uses:
             layer = cache.layers[use.layer]
             values = self._base[use.row, 1 : 1 + MOST_VALUES]
@@ -164,7 +162,7 @@ class Program:
                 ctypes.c_void_p(self._groups.ctypes.data),
             )
             if done == count:
-                return self._view(self._recording.output, num_rows)
+                return self._logits(num_rows)
             if done < 0:
                 raise OutOfRangeError
             is_of_rows = self._selection is not None and done > self._selection
@@ -236,7 +234,7 @@ class Program:
         start = self._offsets[number]
         return self._arena[start : start + size]
 
-    def _make_view(self, place: Place, num_tokens: int) -> Tensor:
+    def _view(self, place: Place, num_tokens: int) -> Tensor:
         sizes, strides, offset = place.at(num_tokens)
         constant = self._recording.constants.get(place.storage)
         if constant is not None:

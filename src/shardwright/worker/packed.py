@@ -163,8 +163,7 @@ class PackedModel:
     def _repeats(self, step: StepTables) -> bool:
         """Whether a step can be carried out as recorded; latents are read as by decodes, which is slow for prompts."""
         assert self._program is not None
-        is_decode = (step.num_tokens == 1) & (step.num_computed > 0)
-        is_known = bool(is_decode.all()) or not self._has_latents
+        is_known = not self._has_latents or bool(((step.num_tokens == 1) & (step.num_computed > 0)).all())
         return is_known and self._program.takes(int(step.num_tokens.sum()), len(step.logits_rows))
 
     def _with_whole_sequences(self, logits: Tensor, step: StepTables, is_whole: list[bool]) -> Tensor:
