@@ -92,27 +92,15 @@ def climb(
     else:
         reasons[f"not packed: {unpacked}"] = None
 
-    check_far = partial(
-        check_batches, num_positions=num_positions, vocab_size=vocab_size, block_size=block_size, dtype=dtype
-    )
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size, "dtype": dtype}
+    check_far = partial(check_batches, num_positions=num_positions, **sizes)
 
     def check(model: StepModel, expected: Tensor) -> None:
-        check_logits(model, expected, vocab_size=vocab_size, block_size=block_size, dtype=dtype)
+        check_logits(model, expected, **sizes)
         if isinstance(model, PackedModel) and isinstance(model.served, InterceptedModel):
             check_sample(model, model.served.sample, block_size=block_size, dtype=dtype)
-            settle_special_ids(model)
-
-    def settle_special_ids(model: PackedModel) -> None:
-        ids, model.special_ids = model.special_ids, []
-        sizes: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size, "dtype": dtype}
-        if not ids or agree(treats_alike(model, module, ids, **sizes)):
-            return
-        if parallel is not None and parallel.num_ranks > 1:
-            raise UnsupportedModelError(f"its code treats token ids {ids} in a way of its own")
-        logger.warning(
-            "requests with token ids %s are computed whole: the model's code treats these in a way of its own", ids
-        )
-        model.special_ids = ids
+            is_alone = parallel is None or parallel.num_ranks == 1
+            _settle_special_ids(model, lambda ids: agree(treats_alike(model, module, ids, **sizes)), is_alone=is_alone)
 
     def tried(name: AttentionRung, build: Callable[[], StepModel]) -> tuple[StepModel | None, str | None]:
         """A model, and why it cannot stand on its rung; all ranks are told the same of whether it can."""
@@ -145,6 +133,19 @@ def climb(
             return _settled(model)
         reasons[f"not {rung.name}: {problem}"] = None
     raise UnsupportedModelError("; ".join(reasons))
+
+
+def _settle_special_ids(model: PackedModel, are_alike: Callable[[list[int]], bool], *, is_alone: bool) -> None:
+    """Keep the token ids apart that have to be. Raises UnsupportedModelError if there are any and many ranks."""
+    ids, model.special_ids = model.special_ids, []
+    if not ids or are_alike(ids):
+        return
+    if not is_alone:
+        raise UnsupportedModelError(f"its code treats token ids {ids} in a way of its own")
+    logger.warning(
+        "requests with token ids %s are computed whole: the model's code treats these in a way of its own", ids
+    )
+    model.special_ids = ids
 
 
 def _why_not_packed(

@@ -126,7 +126,7 @@ class StateSlotModel:
             for i, row in zip(batch.tolist(), self._decode(_part(step, batch)), strict=True):
                 logits[i] = row[None][: len(wanted[i])]
         for i in np.flatnonzero(~is_decode).tolist():
-            logits[i] = self._prefill(replace(_part(step, np.array([i])), logits_rows=wanted[i]))
+            logits[i] = self._prefill(step.of(i, wanted[i]))
         return torch.cat([part for part in logits if part is not None])
 
     def release(self, rows: list[int]) -> None:
