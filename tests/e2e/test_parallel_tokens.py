@@ -28,7 +28,10 @@ SHAPES = {
     "pp3": (1, 3, MpRanks),
     "tp2-pp2": (2, 2, MpRanks),
     "ray-tp2": (2, 1, RayRanks),
+    "ray-tp3": (3, 1, RayRanks),
     "ray-pp2": (1, 2, RayRanks),
+    "ray-pp3": (1, 3, RayRanks),
+    "ray-tp2-pp2": (2, 2, RayRanks),
 }
 """Tensor-parallel ranks, pipeline stages, and where they run."""
 
@@ -42,8 +45,8 @@ interleaved, or [in, out]."""
 CUSTOM = ("local_global", "moe_loop", "tril_gpt")
 """Layers in a ModuleDict; no plan, no interface."""
 
-DEEP = ("cohere2", "gemma2", "gpt_oss")
-"""Those of four layers."""
+LAYERS = 4
+"""Of Transformers' architectures, so that every stage has some."""
 
 NO_STAGES = "local_global"
 """Its code runs the parts of its layers, and never a layer."""
@@ -62,7 +65,7 @@ SAMPLE = {
 CASES = [
     pytest.param(shape, name, marks=[] if name in SAMPLE[shape] else pytest.mark.sweep)
     for shape in SHAPES
-    for name in (DEEP if shape == "pp3" else TRANSFORMERS + CUSTOM)
+    for name in TRANSFORMERS + CUSTOM
 ]
 
 Answers = tuple[Path, list[list[int]], list[list[int]]]
@@ -81,7 +84,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Answers
                 custom = build_custom(MODELS / name, directory)
                 made[name] = custom.path, custom.prompts, custom.outputs
             else:
-                reference = build(name, (FULL | SLIDING | MIXED | OVER_PAGES)[name], directory)
+                fields = (FULL | SLIDING | MIXED | OVER_PAGES)[name]
+                reference = build(name, {"num_hidden_layers": LAYERS} | fields, directory)
                 made[name] = reference.path, reference.prompts, reference.outputs
         return made[name]
 
@@ -114,16 +118,17 @@ def test_tokens_are_those_of_one_rank(
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp"), [(3, 1), *(pytest.param(*shape, marks=pytest.mark.sweep) for shape in ((2, 1), (1, 3), (2, 2)))]
+    "shape",
+    [name if name == "tp3" else pytest.param(name, marks=pytest.mark.sweep) for name in SHAPES],
+    indirect=True,
 )
-def test_the_starter_model_on_many_ranks(tp: int, pp: int) -> None:
+def test_the_starter_model_on_many_ranks(shape: tuple[int, int, SharedRanks]) -> None:
     """9 query heads and 3 key heads; one more rank than divides them, and a pipeline whose head is tied."""
+    tp, pp, shared = shape
     path = resolve_model("smollm2-135m")
     prompts = [[1, 4093, 253, 655], [28, 1043, 7, 42, 260, 1000, 99], list(range(300, 340))]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    found = []
-    for ranks in ((1, 1), (tp, pp)):
-        core = EngineCore.from_config(make_config(path, *ranks, max_model_len=128))
-        found.append(generate(core, prompts, params))
-        core.close()
-    assert found[0] == found[1]
+    alone = EngineCore.from_config(make_config(path, max_model_len=128))
+    expected = generate(alone, prompts, params)
+    alone.close()
+    assert generate(shared.serve(make_config(path, tp, pp, max_model_len=128)), prompts, params) == expected

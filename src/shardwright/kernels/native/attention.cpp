@@ -11,10 +11,14 @@ extern "C" void paged_attention(int is_bf16, int64_t sequences, int64_t kv_heads
     const Shape shape{kv_heads, group, key_dim, value_dim, block_size, key_stride, value_stride, scale, softcap, distances};
     const Sequences step{sequences, starts, tables, table_stride, first, last};
     const Extras extras{sinks, bias};
-    if (is_bf16)
-        attend(shape, step, static_cast<const uint16_t*>(query), static_cast<const uint16_t*>(keys), static_cast<const uint16_t*>(values),
-               extras, static_cast<uint16_t*>(output));
-    else
-        attend(shape, step, static_cast<const float*>(query), static_cast<const float*>(keys), static_cast<const float*>(values), extras,
-               static_cast<float*>(output));
+    const auto typed = [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        lead([&] {
+            attend(shape, step, static_cast<const T*>(query), static_cast<const T*>(keys), static_cast<const T*>(values), extras,
+                   static_cast<T*>(output));
+        });
+    };
+    uint16_t* half = nullptr;
+    float* whole = nullptr;
+    is_bf16 ? typed(half) : typed(whole);
 }

@@ -7,24 +7,28 @@ namespace {
 // make(tiles, arranged inputs) gives the weight.
 template <typename X, typename Make>
 void linear(const X* input, const float* bias, X* output, int64_t tokens, int64_t inner, Make make) {
-    const Tiles tiles(tokens);
-    const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
-        for (int64_t k = 0; k < inner; ++k) row[k] = widen(input[token * inner + k]);
-    });
-    const auto product = make(tiles, arranged);
-    multiply(tiles, arranged, inner, &product, 1, [&](int, int64_t token, int64_t feature, int64_t count, float* sums) {
-        X* to = output + token * product.outer + feature;
-        for (int64_t i = 0; i < count; ++i) store(bias ? sums[i] + bias[feature + i] : sums[i], to + i);
+    lead([&] {
+        const Tiles tiles(tokens);
+        const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
+            for (int64_t k = 0; k < inner; ++k) row[k] = widen(input[token * inner + k]);
+        });
+        const auto product = make(tiles, arranged);
+        multiply(tiles, arranged, inner, &product, 1, [&](int, int64_t token, int64_t feature, int64_t count, float* sums) {
+            X* to = output + token * product.outer + feature;
+            for (int64_t i = 0; i < count; ++i) store(bias ? sums[i] + bias[feature + i] : sums[i], to + i);
+        });
     });
 }
 
 template <typename W>
 void pack(const W* weight, int64_t outer_stride, int64_t inner_stride, int64_t outer, int64_t inner, W* packed) {
     const int64_t panels = (outer + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
-        pack_panel(weight + p * PANEL * outer_stride, outer_stride, inner_stride, std::min<int64_t>(PANEL, outer - p * PANEL), inner,
-                   packed + p * inner * PANEL);
+    lead([&] {
+        share(panels, true, [&](int64_t p) {
+            pack_panel(weight + p * PANEL * outer_stride, outer_stride, inner_stride, std::min<int64_t>(PANEL, outer - p * PANEL), inner,
+                       packed + p * inner * PANEL);
+        });
+    });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "threads.h"
 #include "vector.h"
 
 // Tokens at once: as many sums as fill the registers.
@@ -114,8 +115,7 @@ const float* arrange(const Tiles& tiles, int64_t inner, Read read) {
     thread_local std::vector<float> arranged;
     arranged.resize(tiles.tokens * inner);
     float* const all = arranged.data();
-#pragma omp parallel for schedule(static) if (tiles.count > 1)
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    share(tiles.count, true, [&](int64_t tile) {
         thread_local std::vector<float> row;
         row.resize(inner);
         const int64_t first = tiles.start(tile), count = tiles.start(tile + 1) - first;
@@ -124,7 +124,7 @@ const float* arrange(const Tiles& tiles, int64_t inner, Read read) {
             float* to = all + first * inner + t;
             for (int64_t k = 0; k < inner; ++k) to[k * count] = row[k];
         }
-    }
+    });
     return all;
 }
 
@@ -146,24 +146,20 @@ void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const P*
     for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
     const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / std::max<int64_t>(inner * TILE * 4, 1));  // tiles
     const int64_t blocks = (tiles.count + block - 1) / block;
-#pragma omp parallel
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first_tile = b * block, last_tile = std::min(first_tile + block, tiles.count);
-#pragma omp for schedule(static) nowait
-        for (int64_t place = 0; place < panels; ++place) {
-            int64_t panel = place;
-            int number = 0;
-            for (int64_t own; panel >= (own = (products[number].outer + PANEL - 1) / PANEL); ++number) panel -= own;
-            const P& product = products[number];
-            const int64_t feature = panel * PANEL, count = std::min<int64_t>(PANEL, product.outer - feature);
-            alignas(64) float sums[TILE * PANEL];
-            for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-                const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-                product.multiply(panel, first, tokens, arranged + first * inner, inner, sums);
-                for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
-            }
+    share(blocks * panels, true, [&](int64_t i) {
+        const int64_t first_tile = i / panels * block, last_tile = std::min(first_tile + block, tiles.count);
+        int64_t panel = i % panels;
+        int number = 0;
+        for (int64_t own; panel >= (own = (products[number].outer + PANEL - 1) / PANEL); ++number) panel -= own;
+        const P& product = products[number];
+        const int64_t feature = panel * PANEL, count = std::min<int64_t>(PANEL, product.outer - feature);
+        alignas(64) float sums[TILE * PANEL];
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+            const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
+            product.multiply(panel, first, tokens, arranged + first * inner, inner, sums);
+            for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -115,21 +115,16 @@ void attend_prompts(const Shape& shape, const Sequences& step, const T* query, c
     const Context* const all = contexts.data();
     const auto *const each_panel = panels.data(), *const each_tile = tiles.data();
     const int64_t num_panels = panels.size(), num_tiles = tiles.size();
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_panels; ++i) {
-            const Context& context = all[each_panel[i].first];
-            pack_context(shape, context, keys, values, step.tables + context.sequence * step.table_stride, each_panel[i].second);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_tiles; ++i) {
-            const Context& context = all[each_tile[i].first];
-            const int64_t rows = (step.starts[context.sequence + 1] - step.starts[context.sequence]) * shape.group;
-            const int64_t start = each_tile[i].second * TILE;
-            attend_rows(shape, step, context, query, extras, start, std::min<int64_t>(TILE, rows - start), output);
-        }
-    }
+    share(num_panels, true, [&](int64_t i) {
+        const Context& context = all[each_panel[i].first];
+        pack_context(shape, context, keys, values, step.tables + context.sequence * step.table_stride, each_panel[i].second);
+    });
+    share(num_tiles, true, [&](int64_t i) {
+        const Context& context = all[each_tile[i].first];
+        const int64_t rows = (step.starts[context.sequence + 1] - step.starts[context.sequence]) * shape.group;
+        const int64_t start = each_tile[i].second * TILE;
+        attend_rows(shape, step, context, query, extras, start, std::min<int64_t>(TILE, rows - start), output);
+    }, UNEVEN_PIECES);
 }
 
 }  // namespace

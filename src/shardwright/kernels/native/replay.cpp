@@ -174,8 +174,7 @@ void elementwise(int64_t operation, const View* tensors, int inputs) {
     int64_t outer = 1;
     for (int d = 0; d + 1 < dims; ++d) outer *= views[0].size[d];
     const int64_t chunks = (length + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(static) if (outer * length >= WORTH_THREADS)
-    for (int64_t task = 0; task < outer * chunks; ++task) {
+    share(outer * chunks, outer * length >= WORTH_THREADS, [&](int64_t task) {
         alignas(64) float row[3][CHUNK];
         const int64_t start = task % chunks * CHUNK, count = std::min(CHUNK, length - start);
         int64_t offset[MOST_TENSORS];
@@ -185,7 +184,7 @@ void elementwise(int64_t operation, const View* tensors, int inputs) {
             load_row(views[v].data + offset[v] * bytes(views[v].type), views[v].type, views[v].stride[dims - 1], count, row[v - 1]);
         compute_row(operation, count, row[0], row[1], row[2]);
         store_row(row[0], count, views[0].data + offset[0] * bytes(views[0].type), views[0].type, views[0].stride[dims - 1]);
-    }
+    });
 }
 
 // Copies of what is no number: of the same type on both sides.
@@ -213,14 +212,13 @@ void each_row(const View& out, const View& in, F f) {
     int64_t outer = 1;
     const int64_t length = in.dims ? in.size[in.dims - 1] : 1;
     for (int64_t d = 0; d + 1 < in.dims; ++d) outer *= in.size[d];
-#pragma omp parallel for schedule(static) if (outer * length >= WORTH_THREADS)
-    for (int64_t i = 0; i < outer; ++i) {
+    share(outer, outer * length >= WORTH_THREADS, [&](int64_t i) {
         thread_local std::vector<float> scratch;
         scratch.resize(length);
         const int64_t target = offset_of(i, in.size, out.stride, in.dims - 1), source = offset_of(i, in.size, in.stride, in.dims - 1);
         load_row(in.data + source * bytes(in.type), in.type, in.dims ? in.stride[in.dims - 1] : 1, length, scratch.data());
         f(scratch.data(), length, out.data + target * bytes(out.type));
-    }
+    });
 }
 
 float sum_of(const float* row, int64_t length) {
@@ -292,8 +290,7 @@ void run_rows(const Instruction* run) {
     for (int64_t d = 0; d < dims; ++d) rows *= run->tensor[0].size[d];
     for (int64_t i = 0; i < count; ++i)
         for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
-#pragma omp parallel for schedule(static) if (rows > 1 && rows * longest * count >= WORTH_THREADS)
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, rows * longest * count >= WORTH_THREADS, [&](int64_t row) {
         thread_local std::vector<float> scratch;
         scratch.resize(kept + 2 * longest);
         float *own = scratch.data(), *extra[2] = {own + kept, own + kept + longest};
@@ -328,7 +325,7 @@ void run_rows(const Instruction* run) {
                 store_row(result, made, out.data + offset * bytes(out.type), out.type, out.stride[dims]);
             }
         }
-    }
+    });
 }
 
 // out[i..., :] = table[index[i...], :]. Returns whether every index is one.
@@ -390,8 +387,7 @@ void linears(const Instruction* instructions, int count) {
 void product(const View* t) {
     const View &out = t[0], &a = t[1], &b = t[2];
     const int64_t batches = out.size[0], rows = out.size[1], columns = out.size[2], inner = a.size[2];
-#pragma omp parallel for schedule(static) if (batches * rows * columns * inner >= WORTH_THREADS)
-    for (int64_t task = 0; task < batches * rows; ++task) {
+    share(batches * rows, batches * rows * columns * inner >= WORTH_THREADS, [&](int64_t task) {
         thread_local std::vector<float> sums, row, left;
         sums.assign(columns, 0.0f);
         row.resize(columns);
@@ -403,7 +399,7 @@ void product(const View* t) {
             for (int64_t n = 0; n < columns; ++n) sums[n] += left[k] * row[n];
         }
         store_row(sums.data(), columns, out.data + (batch * out.stride[0] + m * out.stride[1]) * bytes(out.type), out.type, out.stride[2]);
-    }
+    });
 }
 
 // [T, heads, dim] of the step to rows of the cache; values: cache, elements from row to row.
@@ -448,11 +444,9 @@ void attention(const Instruction& in, const Group& group) {
     copy(out, from);
 }
 
-}  // namespace
-
 // Runs instructions from `start` on. Returns the number of instructions when done, that of the first HOST instruction that is met, or
 // -1 - the number of one with an index that is out of range.
-extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
+int64_t run(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
     for (int64_t i = start; i < count; ++i) {
         const Instruction& in = instructions[i];
         const View* t = in.tensor;
@@ -496,4 +490,13 @@ extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_
         }
     }
     return count;
+}
+
+}  // namespace
+
+// See run.
+extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
+    int64_t reached = 0;
+    lead([&] { reached = run(instructions, count, start, groups); });
+    return reached;
 }

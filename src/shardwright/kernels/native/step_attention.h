@@ -13,15 +13,13 @@ void attend(const Shape& shape, const Sequences& step, const T* query, const T* 
     const int64_t heads = shape.kv_heads * shape.group;
     bool has_prompts = false;
     for (int64_t s = 0; s < step.count; ++s) has_prompts |= step.starts[s + 1] - step.starts[s] > 1;
-#pragma omp parallel for schedule(dynamic) collapse(2)
-    for (int64_t s = 0; s < step.count; ++s)
-        for (int64_t k = 0; k < shape.kv_heads; ++k) {
-            const int64_t token = step.starts[s], head = k * shape.group;
-            if (step.starts[s + 1] - token != 1) continue;
-            decode_group(shape, query + (token * heads + head) * shape.key_dim, keys + k * shape.key_dim, values + k * shape.value_dim,
-                         step.tables + s * step.table_stride, step.first[token], step.last[token], extras.of(shape, head),
-                         output + (token * heads + head) * shape.value_dim);
-        }
+    share(step.count * shape.kv_heads, true, [&](int64_t i) {
+        const int64_t s = i / shape.kv_heads, k = i % shape.kv_heads, token = step.starts[s], head = k * shape.group;
+        if (step.starts[s + 1] - token != 1) return;
+        decode_group(shape, query + (token * heads + head) * shape.key_dim, keys + k * shape.key_dim, values + k * shape.value_dim,
+                     step.tables + s * step.table_stride, step.first[token], step.last[token], extras.of(shape, head),
+                     output + (token * heads + head) * shape.value_dim);
+    }, UNEVEN_PIECES);
     if (has_prompts) attend_prompts(shape, step, query, keys, values, extras, output);
 }
 
