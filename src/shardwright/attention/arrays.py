@@ -52,11 +52,11 @@ def _places(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[int], int]:
 
 def _packed(arrays: Sequence[npt.NDArray[np.generic]], places: list[int], size: int, device: torch.device) -> Tensor:
     """The arrays' bytes, in memory that the device can read by itself; torch keeps it until the copy is done."""
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    memory = packed.numpy()
+    packed = np.empty(size, dtype=np.uint8)
     for array, place in zip(arrays, places, strict=True):
-        memory[place : place + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return packed
+        packed[place : place + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    memory = torch.from_numpy(packed)
+    return memory.pin_memory() if device.type == "cuda" else memory
 
 
 def _view(memory: Tensor, place: int, array: npt.NDArray[np.generic]) -> Tensor:
