@@ -97,7 +97,9 @@ class ModelConfig:
         "suits the device.",
     )
     enforce_eager: bool = option(
-        False, "Run the model's own code in every step, instead of recording decode steps and repeating them natively."
+        False,
+        "Run the model's own code in every step, instead of recording steps and repeating them (natively on a CPU, as "
+        "graphs on a GPU).",
     )
     seed: int = option(0, "Seed of sampling for requests that give none.")
     self_check: bool = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,30 +28,23 @@ INTERPRETED_PROCESSORS = 16
 class TilePlan:
     """Sequences of a step that are attended to alike: decodes of one token each, or prompts."""
 
-    tables: Tensor
-    starts: Tensor
-    computed: Tensor
-    """Of all sequences of the step, as `Tiles` has them."""
     is_decode: bool
     longest: int
     """Tokens of the longest context."""
-    sequences: npt.NDArray[np.int64]
-    """Which sequences of the step."""
-    layout: StepLayout
-    _tiles: dict[int, Tiles] = field(default_factory=dict)
+    make: Callable[[int], Tiles]
+    """Their tokens in tiles of so many."""
+    _made: dict[int, Tiles] = field(default_factory=dict)
 
     def tiles(self, num_queries: int) -> Tiles:
-        """Their tokens in tiles of so many, made once per step."""
-        if num_queries not in self._tiles:
-            if self.is_decode and self._tiles:  # a tile each, whatever it has room for
-                self._tiles[num_queries] = replace(next(iter(self._tiles.values())), num_queries=num_queries)
-            else:
-                arrays = tile_arrays(self.layout, self.sequences, num_queries)
-                sequence_N, token_N = on_device(arrays, self.tables.device)
-                self._tiles[num_queries] = Tiles(
-                    self.tables, self.starts, self.computed, sequence_N, token_N, num_queries
-                )
-        return self._tiles[num_queries]
+        """What `make` gives, once per step."""
+        if num_queries not in self._made:
+            self._made[num_queries] = self.make(num_queries)
+        return self._made[num_queries]
+
+    @classmethod
+    def of_decodes(cls, tiles: Tiles, longest: int) -> TilePlan:
+        """A tile for each, whatever it has room for."""
+        return cls(True, longest, lambda num_queries: replace(tiles, num_queries=num_queries))
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,7 @@ class TritonPlan:
     decodes: TilePlan | None
     prompts: TilePlan | None
     visibility: Visibility
-    block_tables: npt.NDArray[np.int32]
-    batched: BatchedBackend
+    make_latent_prompts: Callable[[], BatchedPlan]
 
     @cached_property
     def decoding(self) -> Tensor:
@@ -72,10 +65,7 @@ class TritonPlan:
     @cached_property
     def latent_prompts(self) -> BatchedPlan:
         """The prompts, for layers that cache latents: those use keys and values made of them."""
-        assert self.prompts is not None
-        return self.batched.prepare_prompts(
-            self.prompts.layout, self.prompts.sequences, self.block_tables, self.visibility
-        )
+        return self.make_latent_prompts()
 
 
 class TritonBackend:
@@ -101,7 +91,7 @@ class TritonBackend:
         is_decode = (layout.num_tokens == 1) & (layout.num_computed > 0)
         sequences = {True: np.flatnonzero(is_decode), False: np.flatnonzero(~is_decode)}
         decoding = tile_arrays(layout, sequences[True], 1)
-        tables, starts, computed, decoding_N, token_N = on_device(
+        tables, starts, computed, decoding_N, decoded_N = on_device(
             [
                 block_tables[:, :num_blocks],
                 layout.query_starts.astype(np.int32),
@@ -111,14 +101,37 @@ class TritonBackend:
             self._device,
         )
 
-        def part(*, is_decode: bool) -> TilePlan | None:
-            chosen = sequences[is_decode]
-            if not len(chosen):
-                return None
-            made = {1: Tiles(tables, starts, computed, decoding_N, token_N, 1)} if is_decode else {}
-            return TilePlan(tables, starts, computed, is_decode, int(contexts[chosen].max()), chosen, layout, made)
+        def prompt_tiles(num_queries: int) -> Tiles:
+            arrays = tile_arrays(layout, sequences[False], num_queries)
+            sequence_N, token_N = on_device(arrays, self._device)
+            return Tiles(tables, starts, computed, sequence_N, token_N, num_queries)
 
-        return TritonPlan(part(is_decode=True), part(is_decode=False), visibility, block_tables, self._batched)
+        decodes = prompts = None
+        if len(sequences[True]):
+            tiles = Tiles(tables, starts, computed, decoding_N, decoded_N, num_queries=1)
+            decodes = TilePlan.of_decodes(tiles, int(contexts[sequences[True]].max()))
+        if len(sequences[False]):
+            prompts = TilePlan(False, int(contexts[sequences[False]].max()), prompt_tiles)
+        return TritonPlan(
+            decodes,
+            prompts,
+            visibility,
+            lambda: self._batched.prepare_prompts(layout, sequences[False], block_tables, visibility),
+        )
+
+    def prepare_decodes(
+        self,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        num_computed: Tensor,
+        sequences: Tensor,
+        visibility: Visibility,
+        *,
+        longest: int,
+    ) -> TritonPlan:
+        """As CapturableBackend has it."""
+        tiles = Tiles(block_tables, query_starts, num_computed, sequences, sequences, num_queries=1)
+        return TritonPlan(TilePlan.of_decodes(tiles, longest), None, visibility, lambda: BatchedPlan([], []))
 
     def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
         values_NKV = None if cache.values_in_keys else cache.values_NKV

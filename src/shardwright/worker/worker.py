@@ -113,6 +113,9 @@ class Worker:
         """Make room for the cache and the tables of the running sequences."""
         block_size = self._config.cache.block_size
         self._model.allocate(num_rows=allocation.max_num_seqs, num_blocks=allocation.num_blocks, block_size=block_size)
+        model = self._model
+        if isinstance(model, PackedModel) and self._placement.num_ranks == 1 and not self._config.model.enforce_eager:
+            self._capture(model, allocation)
         limits = RunnerLimits(
             max_num_seqs=allocation.max_num_seqs,
             max_model_len=allocation.max_model_len,
@@ -127,6 +130,21 @@ class Worker:
             groups=local_groups(allocation.groups, self._model.groups),
             samples=self._placement.samples,
         )
+
+    @eager
+    @torch.inference_mode()
+    def _capture(self, model: PackedModel, allocation: Allocation) -> None:
+        """Let decode steps be replayed, on a device that can."""
+        started = time.perf_counter()
+        problem = model.capture(
+            max_num_seqs=allocation.max_num_seqs, max_model_len=allocation.max_model_len, vocab_size=self._vocab_size
+        )
+        if self._device.type == "cuda":
+            logger.info(
+                "decode steps are captured in %.1f s%s",
+                time.perf_counter() - started,
+                f", but {problem}" if problem else "",
+            )
 
     @eager
     def execute(self, batch: Batch) -> StepResult | None:
