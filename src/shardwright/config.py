@@ -101,6 +101,10 @@ class ModelConfig:
         "Run the model's own code in every step, instead of recording steps and repeating them (natively on a CPU, as "
         "graphs on a GPU).",
     )
+    compile_layers: bool = option(
+        False,
+        "Compile a decoder layer with torch.compile, for all to use: fewer kernels in a step, for a longer start.",
+    )
     seed: int = option(0, "Seed of sampling for requests that give none.")
     self_check: bool = option(
         True,

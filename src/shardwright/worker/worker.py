@@ -14,12 +14,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from shardwright.adapt.compiled import compile_layers
 from shardwright.adapt.eager import eager
+from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.choice import choose_backend
 from shardwright.cache.spec import LayerSpec
 from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
+from shardwright.foreign_errors import described
 from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products
@@ -34,7 +37,7 @@ from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
 from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups
-from shardwright.worker.self_check import run_largest_step
+from shardwright.worker.self_check import compare_logits, run_largest_step, stepwise_logits
 from shardwright.worker.step import StepModel
 from shardwright.worker.threads import one_thread
 
@@ -212,6 +215,8 @@ def adapt(
                 agree=agree,
             )
             loops.log()
+            if config.model.compile_layers:
+                _compile(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
@@ -225,6 +230,21 @@ def _expect_no_padding(module: nn.Module) -> None:
     for held in module.modules():
         if hasattr(held, _PADDING_WARNING):
             setattr(held, _PADDING_WARNING, lambda *_: None)
+
+
+def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> None:
+    """Let a model's layers be compiled, if they give what they gave before."""
+    if not isinstance(model, PackedModel) or not isinstance(model.served, ServedModel):
+        logger.warning("layers are not compiled: the model's attention does not go through Transformers' interface")
+        return
+    sizes = {"vocab_size": blueprint.vocab_size, "block_size": config.cache.block_size}
+    expected = stepwise_logits(model, **sizes)
+    undo = compile_layers(model.served.module)
+    try:
+        compare_logits(expected, stepwise_logits(model, **sizes), dtype=blueprint.dtype)
+    except Exception as exc:  # of the compiler, or of code that it does not take
+        undo()
+        logger.warning("layers are not compiled: %s", described(exc))
 
 
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
