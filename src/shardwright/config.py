@@ -25,6 +25,7 @@ Policy = Literal["fcfs", "priority"]
 Task = Literal["auto", "generate", "embed", "classify"]
 PoolingType = Literal["auto", "mean", "cls", "last"]
 ExecutorBackend = Literal["auto", "inline", "mp", "ray"]
+AttentionBackendName = Literal["auto", "native", "triton", "torch"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -90,6 +91,11 @@ class ModelConfig:
         None, "Most tokens of prompt and output together; default: what the model's config allows."
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto: a GPU if there is one.")
+    attention_backend: AttentionBackendName = option(
+        "auto",
+        "What computes attention: native (kernels for CPUs), triton (for GPUs), torch (its own operators); auto: what "
+        "suits the device.",
+    )
     enforce_eager: bool = option(
         False, "Run the model's own code in every step, instead of recording decode steps and repeating them natively."
     )
@@ -108,6 +114,7 @@ class ModelConfig:
         check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
         check_choice(self, "load_format", ("auto", "safetensors", "pt", "dummy"))
         check_choice(self, "device", ("auto", "cpu", "cuda"))
+        check_choice(self, "attention_backend", ("auto", "native", "triton", "torch"))
         check_choice(self, "quantization", ("none", "int8", "int4"))
         check_positive(self, "max_model_len", "quantization_group_size")
 

@@ -91,6 +91,9 @@ class BatchedBackend:
         """As `prepare`, for some of the sequences, all taken as prompts; `forward` leaves other tokens undefined."""
         return BatchedPlan([], [self._prompt(layout, i, block_tables, visibility) for i in sequences.tolist()])
 
+    def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        cache.write(slot_mapping, key_TKD, value_TKV)
+
     def forward(
         self,
         query_THD: Tensor,

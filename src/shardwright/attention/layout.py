@@ -65,6 +65,10 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        """Store a step's keys and values in a layer's cache; as LayerCache.write."""
+        ...
+
     def forward(
         self,
         query_THD: Tensor,

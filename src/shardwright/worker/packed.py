@@ -104,7 +104,7 @@ class PackedModel:
         Returns: why that cannot be; None if it can.
         """
         if not isinstance(self._backend, NativeBackend):
-            return f"there are no native kernels for {self._device} and {self._dtype}"
+            return "steps are recorded for native kernels, and others compute its attention"
         if isinstance(self.served, ServedModel) and self.served.own is not None:
             return self.served.own.describe()
         recorder = Recorder(

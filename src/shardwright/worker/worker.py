@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from shardwright.adapt.eager import eager
-from shardwright.config import EngineConfig, SchedulerConfig
+from shardwright.attention.choice import choose_backend
+from shardwright.cache.spec import LayerSpec
+from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
 from shardwright.layers.cpu_linears import replace_linears
@@ -102,6 +104,7 @@ class Worker:
             reuses_prefixes=model.reuses_prefixes,
             attention_rung=model.rung,
             attention_reason=model.rung_reason,
+            attention_backend=attention_kernels(model.layers, config.model, self._device, blueprint.dtype),
             load_s=loaded - started,
             ready_s=time.perf_counter() - started,
         )
@@ -184,6 +187,7 @@ def adapt(
                 dtype=blueprint.dtype,
                 compute_dtype=compute_dtype,
                 device=device,
+                attention_backend=config.model.attention_backend,
                 parallel=config.parallel,
                 self_check=config.model.self_check,
                 loops=loops,
@@ -218,6 +222,15 @@ def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> N
         logger.debug("steps are recorded, and carried out natively")
     else:
         logger.info("steps run the model's own code: %s", problem)
+
+
+def attention_kernels(
+    layers: Sequence[LayerSpec], config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The back end that computes a model's attention; empty if none of it is ours. Raises ConfigError."""
+    if all(layer.is_own for layer in layers):
+        return ""
+    return choose_backend(config.attention_backend, device=device, dtype=dtype)
 
 
 def resolve_device(device: str, placement: Placement = ALONE) -> torch.device:
