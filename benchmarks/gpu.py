@@ -65,6 +65,12 @@ class Sizes:
     def of(cls, *, is_tiny: bool) -> Sizes:
         return cls(4, 8, 4, 8, 4) if is_tiny else cls(32, 256, 256, 128, 128)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence."""
+        measured = self.prompt_tokens + max(self.decode_tokens, self.output_tokens)
+        return max(measured, max(PROMPT_LENGTHS) + self.compared_tokens)
+
 
 @dataclass(frozen=True)
 class Decode:
@@ -226,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     sizes = Sizes.of(is_tiny=options.tiny)
     models = options.models or (["tiny"] if options.tiny else ["smollm2-135m", "1b", "8b"])
-    engine = {"device": options.device, "max_num_seqs": sizes.requests, "max_model_len": 512}
+    engine = {"device": options.device, "max_num_seqs": sizes.requests, "max_model_len": sizes.longest}
     gb_per_s = read_gb_per_s(options.device)
     print(f"{options.device}: {gb_per_s:,.0f} GB/s read, torch {torch.__version__}")
     results = []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from shardwright.attention import choice
 from shardwright.attention.batched import BatchedBackend
 from shardwright.attention.choice import choose_backend, make_backend
 from shardwright.attention.native import NativeBackend
@@ -54,6 +57,20 @@ def test_a_cpu_without_the_interpreter_has_no_triton(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="Triton does not compile for cpu"):
         choose_backend("triton", device=CPU, dtype=torch.float32)
     assert choose_backend("triton", device=CUDA, dtype=torch.float32) == "triton"
+
+
+def test_without_a_compiler_torch_does_it_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    choice._warn_once.cache_clear()
+    for _ in range(2):
+        assert choose_backend("auto", device=CUDA, dtype=torch.float32) == "torch"
+    assert [record.message for record in caplog.records] == [
+        "attention is computed by torch's own operators, which is slower: Triton needs a C compiler for its launchers: "
+        "install gcc, or set CC"
+    ]
 
 
 def test_names_make_back_ends() -> None:

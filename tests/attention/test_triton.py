@@ -85,7 +85,7 @@ drawn = given(
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @drawn
 def test_equals_the_reference(extras: dict[str, Any], **step: Any) -> None:
     check(**step, **extras)
@@ -112,7 +112,7 @@ def test_everything_at_once_in_one_step() -> None:
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     sequences=sequences,
     shared_is_first=st.booleans(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal, cast
 
 import torch
@@ -12,6 +14,8 @@ from shardwright.attention.native import NativeBackend
 from shardwright.errors import ConfigError
 from shardwright.kernels.attention import is_available as native_takes
 from shardwright.kernels.triton.availability import why_not as why_not_triton
+
+logger = logging.getLogger(__name__)
 
 BackendName = Literal["native", "triton", "torch"]
 
@@ -29,7 +33,11 @@ def choose_backend(wanted: str, *, device: torch.device, dtype: torch.dtype) -> 
     problems = {"native": _why_not_native(device, dtype), "triton": why_not_triton(device, dtype), "torch": None}
     if wanted == "auto":
         preferred: BackendName = "triton" if device.type == "cuda" else "native"
-        return preferred if problems[preferred] is None else "torch"
+        if problems[preferred] is None:
+            return preferred
+        if device.type == "cuda":  # a missing native kernel has said so itself
+            _warn_once(f"attention is computed by torch's own operators, which is slower: {problems[preferred]}")
+        return "torch"
     if (problem := problems[wanted]) is not None:
         raise ConfigError(f"attention_backend is {wanted} but {problem}")
     return cast(BackendName, wanted)
@@ -54,6 +62,11 @@ def make_backend(
 
         return TritonBackend(batched, device)
     return batched
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -46,9 +46,12 @@ class Compiler:
         for place, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
                 signature[names[place]] = POINTERS[argument.dtype]
-                attributes[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(argument, int) and argument == 1:  # as at a launch: strides of 1 are known
+                named[names[place]] = argument
             else:
                 signature[names[place]] = "fp32" if isinstance(argument, float) else "i32"
+            if isinstance(argument, torch.Tensor) or argument % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(self._kernel, signature, constexprs=named, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", self._capability, WARP_SIZE), options=options)
@@ -89,25 +92,22 @@ def attend(dtype: torch.dtype, group: int, key_dim: int, value_dim: int, *, is_d
     )
 
 
-def launch_each() -> None:
-    """Every kernel once."""
+def launch_all() -> None:
+    """Every launcher, for several kinds of layers."""
     attend(torch.bfloat16, 4, 128, 128, is_decode=True, extras=True)
     attend(torch.bfloat16, 4, 128, 128, is_decode=False, extras=False)
-    rows, cache = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(8, 3, 64, dtype=torch.bfloat16)
-    cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, cache, cache)
-
-
-def launch_more() -> None:
-    """For other kinds of layers."""
     for is_decode in (True, False):
         attend(torch.float16, 3, 96, 80, is_decode=is_decode, extras=True)
         attend(torch.bfloat16, 1, 256, 256, is_decode=is_decode, extras=False)
     attend(torch.float32, 3, 64, 64, is_decode=True, extras=False)
+    attend(torch.float32, 4, 128, 128, is_decode=False, extras=False)
     attend(torch.bfloat16, 128, 576, 512, is_decode=True, extras=False)
+    rows, cache = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(8, 3, 64, dtype=torch.bfloat16)
+    cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, cache, cache)
 
 
 def main() -> None:
-    """For the capability that the command line names, such as 90; with `more` after it, for more kinds of layers."""
+    """For the capability that the command line names, such as 90."""
     capability = int(sys.argv[1])
     modules = (attention.programs, cache_rows.programs)
     compilers = {}
@@ -116,9 +116,7 @@ def main() -> None:
             if isinstance(kernel, triton.JITFunction) and not name.startswith("_"):
                 compilers[name] = Compiler(kernel, capability)
                 setattr(module, name, compilers[name])
-    launch_each()
-    if "more" in sys.argv:
-        launch_more()
+    launch_all()
     print(json.dumps({name: compiler.shared_bytes for name, compiler in compilers.items()}))
 
 

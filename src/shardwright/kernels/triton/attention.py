@@ -23,7 +23,7 @@ PROMPT_ROWS = 64
 TILE_KEYS = 64
 """Rows of a tile of a prompt, and keys taken at a time, of up to 128 numbers in half precision."""
 
-TILE_BYTES = 64 << 10
+TILE_BYTES = 48 << 10
 """Most memory of the keys and values of one turn: two are in flight, in the 100 to 228 KiB of a multiprocessor."""
 
 WIDE_VALUES = 256

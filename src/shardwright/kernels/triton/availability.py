@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -21,6 +22,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed: pip install 'shardwright[cuda]'"
     if dtype not in _TYPES:
         return f"there are no Triton kernels for {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" or (device.type == "cpu" and is_interpreted()):
+    if device.type == "cuda":
+        return None if _has_compiler() else "Triton needs a C compiler for its launchers: install gcc, or set CC"
+    if device.type == "cpu" and is_interpreted():
         return None
     return f"Triton does not compile for {device.type}; TRITON_INTERPRET=1 interprets its kernels, slowly, for tests"
+
+
+def _has_compiler() -> bool:
+    """Whether there is one where Triton looks for it."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
