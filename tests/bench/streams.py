@@ -36,7 +36,6 @@ def chunk(text: str) -> bytes:
 @contextlib.asynccontextmanager
 async def serving(script: Script) -> AsyncIterator[Server]:
     """The server while it runs."""
-
     answering: set[asyncio.Task[None] | None] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

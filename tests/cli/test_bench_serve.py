@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -26,7 +21,6 @@ if TYPE_CHECKING:
 
 Shardwright: TypeAlias = "Callable[..., Result]"
 
-CACHE = ("--kv-cache-memory-bytes", "16MiB")
 SMALL = ("--num-requests", "12", "--prompt-tokens", "8", "--output-tokens", "4")
 
 
@@ -117,27 +111,30 @@ def test_failed_requests_are_counted_and_end_in_exit_code_1(shardwright: Shardwr
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_real_server_and_prints_what_was_measured(tiny_llama: Path) -> None:
-    command = [sys.executable, "-m", "shardwright", "bench", "serve", str(tiny_llama), *CACHE, *SMALL, "--json"]
-    process = subprocess.Popen(
-        [*command, "--rate", "40", "--rate", "0.2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+@pytest.mark.usefixtures("quick_machine")
+def test_ctrl_c_ends_the_real_server_and_prints_what_was_measured(shardwright: Shardwright, tiny_llama: Path) -> None:
     children: list[psutil.Process] = []
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and num_connections(children) == 0:
-        time.sleep(0.05)
-        children = psutil.Process(process.pid).children(recursive=True)
-    time.sleep(2)  # the first load takes a third of a second, the second a minute
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    document = json.loads(out)
-    assert document["interrupted"]
-    first, second = document["workloads"]
+    is_over = threading.Event()
+
+    def press_ctrl_c() -> None:
+        while not is_over.wait(0.1) and num_connections(children) == 0:
+            children[:] = psutil.Process().children(recursive=True)
+        if not is_over.wait(2):  # the first load takes a third of a second, the second a minute
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    try:
+        engine = ("--kv-cache-memory-bytes", "16MiB", "--enforce-eager", "--no-self-check")
+        result = shardwright(
+            "bench", "serve", str(tiny_llama), *engine, *SMALL, "--rate", "40", "--rate", "0.2", "--json"
+        )
+    finally:
+        is_over.set()
+        thread.join()
+    assert result.code == 130, result.stderr
+    assert result.json["interrupted"]
+    first, second = result.json["workloads"]
     assert (first["requests"], first["failed"], first["unfinished"], first["output_tokens"]) == (12, 0, 0, 48)
     assert 0 < first["fraction_of_bound"] < 1
     assert first["ttft_s"]["p50"] < first["latency_s"]["p50"]
