@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-NAMES = {"shardwright": "shardwright", "hf": "HF generate", "vllm": "vLLM"}
+NAMES = {"hf": "HF generate", "vllm": "vLLM"}
 
 
 def as_markdown(document: dict[str, Any]) -> str:
@@ -13,7 +13,7 @@ def as_markdown(document: dict[str, Any]) -> str:
     engines = list(document["starts"])
     peers = engines[1:]
     machine = document["machine"]
-    header = ["workload", *(NAMES[e] for e in engines), *(f"ratio to {NAMES[p]}" for p in peers), "bound", "of bound"]
+    header = ["workload", *map(title, engines), *(f"ratio to {title(p)}" for p in peers), "bound", "of bound"]
     rows = [
         [
             row["name"] + (" (total)" if row["headline"] == "total" else ""),
@@ -43,11 +43,15 @@ def as_markdown(document: dict[str, Any]) -> str:
             ", ".join(f"{name} {version}" for name, version in document["versions"].items()) + ".",
             f"Output tokens per second (total: prompt and output), best of {document['rounds']} alternating rounds.",
             "",
-            *table(header, rows),
-            "",
-            *table(["start and memory", *(NAMES[e] for e in engines)], starts),
+            *((*table(header, rows), "") if rows else ()),
+            *table(["start and memory", *map(title, engines)], starts),
         ]
     )
+
+
+def title(engine: str) -> str:
+    """An engine as people call it."""
+    return NAMES.get(engine, engine)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
