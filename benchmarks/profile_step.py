@@ -13,12 +13,14 @@ Where the model's own code runs, PyTorch's profiler shows its operators.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from report import table
@@ -115,11 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="the model's own code, nothing recorded")
     args = parser.parse_args(arguments)
     watch, steps = Stopwatch(), Steps()
-    Program.run = steps.noting(Program.run)  # type: ignore[method-assign]
-    for owner, name, label in STAGES:
-        setattr(owner, name, watch.timed(label, getattr(owner, name)))
     workload = uniform("profile", args.requests, args.prompt_tokens, args.output_tokens)
-    with LLM(args.model, dtype=args.dtype, enforce_eager=args.enforce_eager, trust_remote_code=True) as llm:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(Program, "run", steps.noting(Program.run)))
+        for owner, name, label in STAGES:
+            stack.enter_context(patch.object(owner, name, watch.timed(label, getattr(owner, name))))
+        options = {"dtype": args.dtype, "enforce_eager": args.enforce_eager, "trust_remote_code": True}
+        llm = stack.enter_context(LLM(args.model, **options))
         job = workload.for_vocabulary(llm.info.vocab_size)
         for _ in range(WARM_UPS):
             generate(llm, job)

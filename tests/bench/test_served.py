@@ -44,9 +44,9 @@ async def test_every_token_of_every_request_is_seen() -> None:
 
 async def test_requests_come_when_they_are_due_though_others_are_not_answered() -> None:
     load = make_load(rate=50.0, num_requests=10, output_tokens=2)
-    served = await run(Script(delay_s=0.5), load)
+    served = await run(Script(delay_s=0.6), load)
     sent = [answer.sent_s for answer in served.answers]
-    assert sent == pytest.approx(load.arrivals_s(), abs=0.1)
+    assert sent == pytest.approx(load.arrivals_s(), abs=0.3)
     assert max(sent) < min(answer.token_s[0] for answer in served.answers)  # type: ignore[type-var]
     assert served.offered_rate == pytest.approx(9 / load.arrivals_s()[-1], rel=0.3)
 
