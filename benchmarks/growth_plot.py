@@ -17,8 +17,8 @@ def draw(document: dict[str, Any], image: Path) -> None:
     panels = [(part, panel) for part, panel in PANELS.items() if document.get(part)]
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     for axes, (part, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set_xscale("log")
         panel(axes, document[part])
-        axes.set(xscale="log")
         axes.grid(visible=True, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small")
