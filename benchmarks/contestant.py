@@ -22,6 +22,10 @@ HERE = Path(__file__).parent
 
 GGUF_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
+OURS = "shardwright"
+COUNTERPARTS = {"q8_0": f"{OURS} int8", "q4_0": f"{OURS} int4"}
+"""Of ours, those with weights of as many bits."""
+
 STOP_TIMEOUT_S = 20
 """How long an engine may take to end by itself once its jobs are over."""
 
@@ -39,6 +43,8 @@ class Contestant:
     """A file of its own format, in place of the model directory."""
     arguments: list[str] = field(default_factory=list)
     """Of the process, after those."""
+    counterpart: str | None = None
+    """Of ours, the one that a peer is compared with; None for ours."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What it said of itself when it started last."""
     starts: list[dict[str, float]] = field(default_factory=list)
@@ -112,14 +118,17 @@ class Contestant:
 def contestants(*, logs: Path, hf: bool, vllm: Path | None, quantized: bool) -> list[Contestant]:
     """Ours first, then its peers; llama.cpp's come from `llama_cpp_contestants`."""
     ours = [sys.executable, str(HERE / "peer_shardwright.py")]
-    found = [Contestant(name="shardwright", command=ours, log=logs / "shardwright.log")]
+    found = [Contestant(name=OURS, command=ours, log=logs / "shardwright.log")]
     for kind in ("int8", "int4") if quantized else ():
-        name = f"shardwright {kind}"
+        name = f"{OURS} {kind}"
         found.append(Contestant(name=name, command=ours, arguments=[kind], log=logs / f"shardwright-{kind}.log"))
-    if hf:
-        found.append(Contestant(name="hf", command=[sys.executable, str(HERE / "peer_hf.py")], log=logs / "hf.log"))
-    if vllm is not None:
-        found.append(Contestant(name="vllm", command=[str(vllm), str(HERE / "peer_vllm.py")], log=logs / "vllm.log"))
+    peers = {
+        "hf": [sys.executable, str(HERE / "peer_hf.py")] if hf else None,
+        "vllm": [str(vllm), str(HERE / "peer_vllm.py")] if vllm is not None else None,
+    }
+    for name, command in peers.items():
+        if command is not None:
+            found.append(Contestant(name=name, command=command, counterpart=OURS, log=logs / f"{name}.log"))
     return found
 
 
@@ -138,6 +147,7 @@ def llama_cpp_contestants(python: Path, model: Path, dtype: str, *, folder: Path
         found.append(
             Contestant(
                 name=f"llama.cpp {kind}",
+                counterpart=COUNTERPARTS.get(kind, OURS),
                 command=[str(python), str(HERE / "peer_llama_cpp.py")],
                 model=str(file),
                 log=folder / f"llama-cpp-{kind}.log",

@@ -11,7 +11,7 @@ NAMES = {"hf": "HF generate", "vllm": "vLLM"}
 def as_markdown(document: dict[str, Any]) -> str:
     """Heading, machine and one table of throughput, one of starts and memory."""
     engines = list(document["starts"])
-    peers = engines[1:]
+    peers = list(document["workloads"][0]["ratio"]) if document["workloads"] else []
     machine = document["machine"]
     header = ["workload", *map(title, engines), *(f"ratio to {title(p)}" for p in peers), "bound", "of bound"]
     rows = [
@@ -41,7 +41,8 @@ def as_markdown(document: dict[str, Any]) -> str:
             f" reads {machine['read_gb_per_s']} GB/s, multiplies {machine['gemm_gflop_per_s']} GFLOP/s"
             f" ({machine['gemm_dtype']}).",
             ", ".join(f"{name} {version}" for name, version in document["versions"].items()) + ".",
-            f"Output tokens per second (total: prompt and output), best of {document['rounds']} alternating rounds.",
+            f"Output tokens per second (total: prompt and output), best of {document['rounds']} alternating rounds."
+            " Ratios are to shardwright with weights of as many bits; the bound is that of unquantized ones.",
             "",
             *((*table(header, rows), "") if rows else ()),
             *table(["start and memory", *map(title, engines)], starts),

@@ -57,11 +57,11 @@ class Shape:
 
 def commands(model: str, dtype: str, *, vllm: Path | None) -> dict[str, list[str]]:
     """How each engine's server is started, all but its port."""
-    common = ["serve", model, "--host", "127.0.0.1", "--dtype", dtype]
-    found = {"shardwright": [sys.executable, "-m", "shardwright", *common]}
-    if vllm is not None:
+    common = ["--host", "127.0.0.1", "--dtype", dtype]
+    found = {"shardwright": [sys.executable, "-m", "shardwright", "serve", model, *common]}
+    if vllm is not None:  # the module, since `vllm serve` looks for a package called vllm, and that for CPUs is not
         limits = ["--max-model-len", "2048", "--max-num-seqs", "64"]
-        found["vllm"] = [str(vllm), "-m", "vllm.entrypoints.cli.main", *common, *limits]
+        found["vllm"] = [str(vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", model, *common, *limits]
     return found
 
 
