@@ -26,7 +26,13 @@ from contestant import Contestant, contestants
 from page_cache import evict, resident_share
 from report import table, title
 
-CACHE_VARIABLES = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+CACHE_VARIABLES = (
+    "SHARDWRIGHT_CACHE",
+    "XDG_CACHE_HOME",
+    "VLLM_CACHE_ROOT",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+)
 """Where engines keep what they have compiled."""
 KINDS = ("first", "cold", "warm")
 
