@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
+from tests.custom.builder import MODELS
+from tests.custom.builder import build as build_custom
 from tests.pooling.models import roberta_config, save
 from transformers import RobertaForMaskedLM
 
@@ -26,6 +28,12 @@ def test_inspect_says_what_serving_would_do(shardwright: Shardwright, tiny_llama
     assert group["bytes_per_request"] == 100 * group["bytes_per_token"]
     assert document["tree"]["parameters"] == document["parameters"]
     assert [entry["module"] for entry in document["replaced"]] == [f"model.layers.{i}.self_attn" for i in range(2)]
+
+
+def test_inspect_counts_layers_that_the_config_names_otherwise(shardwright: Shardwright, tmp_path: Path) -> None:
+    path = build_custom(MODELS / "tril_gpt", tmp_path / "model").path
+    text = shardwright("inspect", str(path), "--trust-remote-code").stdout
+    assert re.search(r"TrilGPT \(tril-gpt\): .* 3 layers, up to 64 tokens", text)
 
 
 def test_inspect_draws_the_tree(shardwright: Shardwright, tiny_llama: Path) -> None:

@@ -63,7 +63,7 @@ SAMPLE = {
 """What every run of the tests has of them; `make sweep` runs the rest."""
 
 CASES = [
-    pytest.param(shape, name, marks=[] if name in SAMPLE[shape] else pytest.mark.sweep)
+    pytest.param(shape, name, marks=[] if name in SAMPLE.get(shape, ()) else pytest.mark.sweep)
     for shape in SHAPES
     for name in TRANSFORMERS + CUSTOM
 ]

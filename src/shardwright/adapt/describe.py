@@ -87,7 +87,7 @@ def describe(
         "max_position_embeddings": _limit(
             module, max_model_len or _attribute(module, _POSITIONS), seen, runs_on_meta=seen is on_meta
         ),
-        "num_hidden_layers": num_layers or _attribute(module, _LAYERS) or _count_layers(module),
+        "num_hidden_layers": num_layers or count_layers(module),
         "eos_token_id": eos or None,
     }
     return CustomConfig(**facts)
@@ -153,8 +153,12 @@ def _rows_of_position_tables(module: nn.Module) -> int | None:
     return min((n for n in rows if n != vocab_size), default=None)
 
 
-def _count_layers(module: nn.Module) -> int | None:
-    """How many blocks of one class stand side by side, where there are the most of them nearest to the top."""
+def count_layers(module: nn.Module) -> int | None:
+    """The number that the module or its settings name; else how many blocks of one class stand side by side, where there
+    are the most of them nearest to the top.
+    """
+    if (named := _attribute(module, _LAYERS)) is not None:
+        return named
     level = [module]
     while level:
         counts = []

@@ -72,6 +72,7 @@ def inspect(
 def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]:
     """What `inspect --json` says, its tree, and its plan. Raises a UsageError if the model cannot be built."""
     with heavy_imports():
+        from shardwright.adapt.describe import count_layers
         from shardwright.models.task import resolve_task
         from shardwright.plans.choose import choose_plan
         from shardwright.plans.structure import structure_tree
@@ -104,7 +105,7 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]
         "dtype": str(blueprint.dtype).removeprefix("torch."),
         "parameters": tree.num_parameters,
         "weight_bytes": tree.num_bytes,
-        "num_layers": getattr(text_config, "num_hidden_layers", None),
+        "num_layers": getattr(text_config, "num_hidden_layers", None) or count_layers(module),
         "vocab_size": text_config.vocab_size,
         "max_model_len": max_model_len,
         "plan": {"tp": plan.tp_source, "pp": plan.pp_source},
@@ -247,7 +248,7 @@ def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int |
     attention = report["attention"]
     console.print(
         f"{report['architecture']} ({report['model_type']}): {count(report['parameters'])} parameters, "
-        f"{size(report['weight_bytes'])} in {report['dtype']}, {report['num_layers']} layers, "
+        f"{size(report['weight_bytes'])} in {report['dtype']}, {report['num_layers'] or 'unnumbered'} layers, "
         f"up to {report['max_model_len']:,} tokens",
         markup=False,
         soft_wrap=True,
