@@ -152,6 +152,7 @@ def run_all(engines: dict[str, LLM], workloads: list[Workload], *, rounds: int) 
                 job = workload.for_vocabulary(engines[name].info.vocab_size)
                 elapsed_s = measure(engines[name], job).elapsed_s
                 best[name, workload.name] = min(elapsed_s, best.get((name, workload.name), elapsed_s))
+                print(f"{workload.name}, round {turn + 1}, {name}: {elapsed_s:.2f} s", file=sys.stderr, flush=True)
     return best
 
 
