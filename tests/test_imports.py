@@ -23,12 +23,14 @@ LEAVES = {
     "outputs",
     "engine.messages",
     "foreign_errors",
+    "garbage",
 }
 """Plain records that anybody may import; among themselves they follow MAY_IMPORT."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "foreign_errors": set(),
+    "garbage": set(),
     "paths": set(),
     "config": {"errors", "weight_format"},
     "weight_format": set(),

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from shardwright.garbage import collection_paused
+
 if TYPE_CHECKING:
     from shardwright.async_llm import AsyncLLM
     from shardwright.llm import LLM
@@ -60,7 +62,8 @@ _HOME = {
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'shardwright' has no attribute {name!r}")
-    return getattr(import_module(f"shardwright.{_HOME[name]}"), name)
+    with collection_paused():
+        return getattr(import_module(f"shardwright.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

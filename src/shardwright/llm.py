@@ -18,6 +18,7 @@ from shardwright.engine.remote_core import RemoteCore
 from shardwright.engine.start import Core, open_core
 from shardwright.engine.tasks import check_task
 from shardwright.errors import EngineDeadError, RequestError
+from shardwright.garbage import collection_paused
 from shardwright.models.tokenizer import Tokenizer
 from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput, ScoreOutput
 from shardwright.sampling_params import SamplingParams
@@ -50,8 +51,9 @@ class LLM:
 
     def _start(self, config: EngineConfig) -> None:
         self.config = config
-        tokenizer = load_frontend_tokenizer(config)
-        self._core: Core | RemoteCore | None = open_core(config)
+        with collection_paused():
+            tokenizer = load_frontend_tokenizer(config)
+            self._core: Core | RemoteCore | None = open_core(config)
         self.info: EngineInfo = self._core.info
         self._frontend = Frontend(tokenizer, self.info)
         self._pooling = PoolingFrontend(tokenizer, self.info)

@@ -154,8 +154,8 @@ def _rows_of_position_tables(module: nn.Module) -> int | None:
 
 
 def count_layers(module: nn.Module) -> int | None:
-    """The number that the module or its settings name; else how many blocks of one class stand side by side, where there
-    are the most of them nearest to the top.
+    """The number that the module or its settings name; else how many blocks of one class stand side by side, where
+    there are the most of them nearest to the top.
     """
     if (named := _attribute(module, _LAYERS)) is not None:
         return named

@@ -10,11 +10,11 @@ import typer
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
-from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import announce, only_results_on_stdout, print_json, stdout
 from shardwright.config import EngineConfig
 from shardwright.errors import UnsupportedModelError
+from shardwright.garbage import start_of_process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,8 +71,7 @@ def inspect(
 
 def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]:
     """What `inspect --json` says, its tree, and its plan. Raises a UsageError if the model cannot be built."""
-    with heavy_imports():
-        from shardwright.adapt.describe import count_layers
+    with start_of_process():
         from shardwright.models.task import resolve_task
         from shardwright.plans.choose import choose_plan
         from shardwright.plans.structure import structure_tree
@@ -105,7 +104,7 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]
         "dtype": str(blueprint.dtype).removeprefix("torch."),
         "parameters": tree.num_parameters,
         "weight_bytes": tree.num_bytes,
-        "num_layers": getattr(text_config, "num_hidden_layers", None) or count_layers(module),
+        "num_layers": blueprint.num_layers(module),
         "vocab_size": text_config.vocab_size,
         "max_model_len": max_model_len,
         "plan": {"tp": plan.tp_source, "pp": plan.pp_source},

@@ -10,10 +10,10 @@ import typer
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
-from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import only_results_on_stdout, print_json, print_text, remark, stderr, stdout
 from shardwright.config import EngineConfig, ParallelConfig
+from shardwright.garbage import start_of_process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,7 +128,7 @@ def prove(
     split = engine.pop("pp_split", None)
     config = EngineConfig.from_options(model, **engine, dtype="float32")
     with stderr().status(f"looking into {model}") as status:
-        with heavy_imports():
+        with start_of_process():
             from shardwright.plans.prove import prove_plan
             from shardwright.worker.blueprint import Blueprint
         blueprint = Blueprint.of(config.model)
@@ -187,7 +187,7 @@ def look(
     split = engine.pop("pp_split", None)
     config = EngineConfig.from_options(model, **engine)
     with stderr().status(f"looking into {model}") as status:
-        with heavy_imports():
+        with start_of_process():
             from shardwright.plans.quantization import quantization_of
             from shardwright.plans.report import make_report
             from shardwright.worker.blueprint import Blueprint

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
-from shardwright.cli.imports import heavy_imports
 from shardwright.cli.options import Json, Model, engine_flags, sampling_flags, with_flags
 from shardwright.cli.output import (
     announce,
@@ -25,6 +24,7 @@ from shardwright.cli.output import (
 )
 from shardwright.cli.prompts import check_text, read_prompts
 from shardwright.errors import UsageError
+from shardwright.garbage import start_of_process
 from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
 from shardwright.sampling_params import SamplingParams
 
@@ -75,7 +75,7 @@ def run(
     if system is not None:
         check_text(system, "--system")
     announce(f"loading {model}")
-    with heavy_imports():
+    with start_of_process():
         from shardwright.llm import LLM
 
     with LLM(model, **engine) as llm:

@@ -30,6 +30,7 @@ from shardwright.engine.messages import (
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.engine.start import Core, start_core
 from shardwright.errors import ShardwrightError
+from shardwright.garbage import start_of_process
 from shardwright.models.registry import Registration, adopt
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def run_core_process(
     core: Core | None = None
     try:
         adopt(registration)
-        core = start_core(config)
+        with start_of_process():
+            core = start_core(config)
         channel.send(Ready(core.info))
         _serve(core, channel)
     except BaseException as exc:

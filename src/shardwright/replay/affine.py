@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ def pruned(trace: Trace) -> Trace:
     numbers: dict[int, int] = {number: place for place, number in enumerate(trace.inputs.values())}
 
     def renumbered(tensor: SeenTensor) -> SeenTensor:
-        return replace(tensor, storage=numbers.setdefault(tensor.storage, len(numbers)))
+        number = numbers.setdefault(tensor.storage, len(numbers))
+        return SeenTensor(number, tensor.dtype, tensor.sizes, tensor.strides, tensor.offset)
 
     kept = [
         SeenCall(
@@ -164,13 +166,20 @@ def _produced(trace: Trace) -> set[int]:
 
 def tensors_in(tree: Any, kind: type[Any]) -> list[Any]:
     """All of a kind in nested lists, tuples and dicts."""
+    found: list[Any] = []
+    _gather(tree, kind, found)
+    return found
+
+
+def _gather(tree: Any, kind: type[Any], found: list[Any]) -> None:
     if isinstance(tree, kind):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        return []
-    return [found for item in tree for found in tensors_in(item, kind)]
+        found.append(tree)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            _gather(item, kind, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _gather(item, kind, found)
 
 
 def common_constant(tensors: list[Tensor]) -> Tensor:
@@ -217,12 +226,8 @@ def common(values: list[Any], lengths: list[int]) -> Any:
     if isinstance(first, SeenTensor):
         if len({(value.storage, value.dtype, len(value.sizes)) for value in values}) > 1:
             raise UnsupportedModelError("its code does not do the same in every step")
-        sizes, strides = (
-            [common(list(row), lengths) for row in zip(*items, strict=True)]
-            for items in ([value.sizes for value in values], [value.strides for value in values])
-        )
-        offset = _fit([value.offset for value in values], lengths)
-        return Place(first.storage, first.dtype, tuple(map(_affine, sizes)), tuple(map(_affine, strides)), offset)
+        layouts = tuple((value.sizes, value.strides, value.offset) for value in values)
+        return Place(first.storage, first.dtype, *_fit_layouts(layouts, tuple(lengths)))
     if isinstance(first, list | tuple):
         if len({len(value) for value in values}) > 1:
             raise UnsupportedModelError("its code does not do the same in every step")
@@ -240,11 +245,23 @@ def common(values: list[Any], lengths: list[int]) -> Any:
     return first
 
 
-def _affine(value: int | Affine) -> Affine:
-    return value if isinstance(value, Affine) else Affine(value)
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Sizes, strides and offset of a tensor."""
 
 
-def _fit(values: list[int], lengths: list[int]) -> Affine:
+@lru_cache(maxsize=4096)  # layers are alike
+def _fit_layouts(
+    layouts: tuple[Layout, ...], lengths: tuple[int, ...]
+) -> tuple[tuple[Affine, ...], tuple[Affine, ...], Affine]:
+    sizes, strides, offsets = zip(*layouts, strict=True)
+    return (
+        tuple(_fit(row, lengths) for row in zip(*sizes, strict=True)),
+        tuple(_fit(row, lengths) for row in zip(*strides, strict=True)),
+        _fit(offsets, lengths),
+    )
+
+
+def _fit(values: Sequence[int], lengths: Sequence[int]) -> Affine:
     if len(set(values)) == 1:
         return Affine(values[0])
     slope, rest = divmod(values[1] - values[0], (lengths[1] - lengths[0]) or 1)

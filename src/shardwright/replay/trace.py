@@ -154,8 +154,10 @@ def mapped(tree: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
     """Nested lists, tuples and dicts with everything of a kind changed."""
     if isinstance(tree, kind):
         return change(tree)
-    if type(tree) in (tuple, list):
-        return type(tree)(mapped(item, kind, change) for item in tree)
+    if type(tree) is tuple:
+        return tuple([mapped(item, kind, change) for item in tree])
+    if type(tree) is list:
+        return [mapped(item, kind, change) for item in tree]
     if type(tree) is dict:
         return {key: mapped(item, kind, change) for key, item in tree.items()}
     return tree

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from shardwright.adapt.describe import describe
+from shardwright.adapt.describe import count_layers, describe
 from shardwright.adapt.eager import eager
 from shardwright.adapt.served_model import ServedModel
 from shardwright.config import ModelConfig
@@ -77,6 +77,10 @@ class Blueprint:
             options=model,
             custom=custom,
         )
+
+    def num_layers(self, module: nn.Module) -> int | None:
+        """What the config says, or can be told from the module."""
+        return getattr(self.config.get_text_config(), "num_hidden_layers", None) or count_layers(module)
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """The module, on "meta" if its weights are yet to be loaded. Raises UnsupportedModelError if its code fails."""

@@ -50,12 +50,9 @@ inline void weigh(const Shape& shape, const Extras& extras, float* row, int64_t 
         for (int64_t i = 0; i < length; ++i) row[i] = std::tanh(row[i] / shape.softcap) * shape.softcap;
     if (extras.bias)
         for (int64_t i = 0; i < length; ++i) row[i] += extras.bias[std::min(length - 1 - i, shape.distances - 1)];
-    float largest = extras.sinks ? *extras.sinks : -INFINITY;
-    for (int64_t i = 0; i < length; ++i) largest = std::max(largest, row[i]);
-    float total = extras.sinks ? exponential(*extras.sinks - largest) : 0.0f;
+    const float highest = largest_of(row, length), largest = extras.sinks ? std::max(highest, *extras.sinks) : highest;
     for (int64_t i = 0; i < length; ++i) row[i] = exponential(row[i] - largest);
-    for (int64_t i = 0; i < length; ++i) total += row[i];
-    const float factor = 1.0f / total;
+    const float factor = 1.0f / (sum_of(row, length) + (extras.sinks ? exponential(*extras.sinks - largest) : 0.0f));
     for (int64_t i = 0; i < length; ++i) row[i] *= factor;
 }
 

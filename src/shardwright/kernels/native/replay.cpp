@@ -102,7 +102,7 @@ void compute_row(int64_t operation, int64_t count, float* a, const float* b, con
         case COPY: break;
         case NEG: each(count, a, [](float x) { return -x; }); break;
         case ABS: each(count, a, [](float x) { return std::fabs(x); }); break;
-        case EXP: each(count, a, exponential); break;
+        case EXP: each(count, a, [](float x) { return exponential(x); }); break;
         case LOG: each(count, a, [](float x) { return std::log(x); }); break;
         case SQRT: each(count, a, [](float x) { return std::sqrt(x); }); break;
         case RSQRT: each(count, a, [](float x) { return 1.0f / std::sqrt(x); }); break;
@@ -221,21 +221,10 @@ void each_row(const View& out, const View& in, F f) {
     });
 }
 
-float sum_of(const float* row, int64_t length) {
-    float lanes[16] = {0};  // several sums, as torch has, keep rounding small
-    int64_t i = 0;
-    for (; i + 16 <= length; i += 16)
-        for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += row[i + lane];
-    for (; i < length; ++i) lanes[i % 16] += row[i];
-    float total = 0.0f;
-    for (float lane : lanes) total += lane;
-    return total;
-}
-
 void reduce(int64_t operation, const View& out, const View& in) {
     each_row(out, in, [&](float* row, int64_t length, char* place) {
         float result;
-        if (operation == AMAX) result = *std::max_element(row, row + length);
+        if (operation == AMAX) result = largest_of(row, length);
         else result = sum_of(row, length) / (operation == MEAN ? static_cast<float>(length) : 1.0f);
         store_row(&result, 1, place, out.type, 1);
     });
@@ -243,7 +232,7 @@ void reduce(int64_t operation, const View& out, const View& in) {
 
 void softmax(const View& out, const View& in) {
     each_row(out, in, [&](float* row, int64_t length, char* place) {
-        const float largest = *std::max_element(row, row + length);
+        const float largest = largest_of(row, length);
         for (int64_t i = 0; i < length; ++i) row[i] = exponential(row[i] - largest);
         const float total = sum_of(row, length);
         for (int64_t i = 0; i < length; ++i) row[i] /= total;
@@ -315,7 +304,7 @@ void run_rows(const Instruction* run) {
                     std::memmove(to, from, length * sizeof(float));
                 }
             }
-            if (in.operation == AMAX) *result = *std::max_element(first, first + length);
+            if (in.operation == AMAX) *result = largest_of(first, length);
             else if (reduces) *result = sum_of(first, length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
             else compute_row(in.operation, length, result, extra[0], extra[1]);
             const int64_t made = reduces ? 1 : length;

@@ -33,8 +33,9 @@ inline uint16_t narrow(float value) {  // to nearest, ties to even; not-a-number
 inline void store(float value, uint16_t* place) { *place = narrow(value); }
 inline void store(float value, float* place) { *place = value; }
 
-// exp by 2^n * e^r with |r| <= ln 2 / 2 and a polynomial for e^r (Cephes' expf), written so that compilers vectorise it.
-inline float exponential(float x) {
+// exp by 2^n * e^r with |r| <= ln 2 / 2 and a polynomial for e^r (Cephes' expf), written so that compilers vectorise it, which takes
+// inlining: left to themselves they call it where it is used often.
+__attribute__((always_inline)) inline float exponential(float x) {
     const float clamped = std::min(std::max(x, -104.0f), 88.72284f);
     const float n = std::nearbyint(clamped * 1.44269504f);
     const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -53,6 +54,30 @@ inline float exponential(float x) {
     std::memcpy(&low, &low_bits, sizeof low);
     const float result = p * high * low;
     return x > 88.72284f ? INFINITY : x < -104.0f ? 0.0f : x != x ? x : result;
+}
+
+// Sums and maxima along a row go on in several lanes: that is faster, and keeps rounding small, as torch's own do.
+constexpr int64_t ROW_LANES = 16;
+
+inline float sum_of(const float* row, int64_t length) {
+    float lanes[ROW_LANES] = {0};
+    int64_t i = 0;
+    for (; i + ROW_LANES <= length; i += ROW_LANES)
+        for (int64_t lane = 0; lane < ROW_LANES; ++lane) lanes[lane] += row[i + lane];
+    for (; i < length; ++i) lanes[i % ROW_LANES] += row[i];
+    float total = 0.0f;
+    for (float lane : lanes) total += lane;
+    return total;
+}
+
+inline float largest_of(const float* row, int64_t length) {
+    float lanes[ROW_LANES];
+    std::fill(lanes, lanes + ROW_LANES, row[0]);
+    int64_t i = 0;
+    for (; i + ROW_LANES <= length; i += ROW_LANES)
+        for (int64_t lane = 0; lane < ROW_LANES; ++lane) lanes[lane] = lanes[lane] < row[i + lane] ? row[i + lane] : lanes[lane];
+    for (; i < length; ++i) lanes[0] = std::max(lanes[0], row[i]);
+    return *std::max_element(lanes, lanes + ROW_LANES);
 }
 
 constexpr inline bool is_bfloat16(const float*) { return false; }
