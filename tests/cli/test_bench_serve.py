@@ -14,8 +14,6 @@ import psutil
 import pytest
 from tests.bench.streams import Script, serving
 
-from shardwright.bench import machine
-
 if TYPE_CHECKING:
     from tests.cli.conftest import Result
 
@@ -41,13 +39,6 @@ def scripted() -> Iterator[str]:
     yield address.get()
     over.set()
     thread.join()
-
-
-@pytest.fixture
-def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(machine, "GEMM_SHAPE", (64, 64, 64))
-    monkeypatch.setattr(machine, "SECONDS_PER_MEASUREMENT", 0.0)
 
 
 @pytest.mark.parametrize(
