@@ -10,6 +10,7 @@ from shardwright.attention.layout import AttentionParams
 from shardwright.attention.reference import ReferenceBackend
 from shardwright.attention.triton import tile_arrays
 from shardwright.cache.spec import Visibility, VisibilityKind
+from shardwright.kernels.triton import attention
 from shardwright.kernels.triton.attention import Tiles, TileShape, key_parts, paged_attention, splits_for
 
 FULL = Visibility()
@@ -19,8 +20,11 @@ FULL = Visibility()
     ("num_splits", "num_queries", "visibility"),
     [(1, 1, FULL), (4, 1, FULL), (2, 4, Visibility(VisibilityKind.SLIDING, 20))],
 )
-def test_splits_add_up(num_splits: int, num_queries: int, visibility: Visibility) -> None:
-    """Parts of contexts shorter than the number of splits are empty."""
+def test_splits_add_up(
+    num_splits: int, num_queries: int, visibility: Visibility, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of contexts shorter than the number of splits are empty; what comes of them is added up two at a time."""
+    monkeypatch.setattr(attention, "COMBINED_NUMBERS", 2 * 16)
     step = make_step([(69, 1), (3, 1), (40, 3)], Heads(2, 3, 8, 4), block_size=4, visibility=visibility)
     params = AttentionParams(scale=0.5, softcap=2.0, sinks_H=torch.linspace(-2, 2, 6))
     layout = step.layout

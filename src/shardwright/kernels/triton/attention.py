@@ -31,6 +31,9 @@ WIDE_VALUES = 256
 
 MAX_SPLITS = 64
 
+COMBINED_NUMBERS = 4096
+"""That one program holds of what splits gave."""
+
 _KINDS = {"full": 0, "sliding": 1, "chunked": 2}
 
 
@@ -197,6 +200,7 @@ def paged_attention(
             tiles.token_N,
             query_THD if sinks is None else sinks,
             num_heads,
+            SPLITS_AT_ONCE=min(num_splits, max(1, COMBINED_NUMBERS // width)),
             num_warps=4,
             **common,
         )

@@ -176,6 +176,7 @@ def combine(
     TILE_QUERIES: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
 ):
     """Add up what the splits of one query and head gave: program (query of a tile, head)."""
     query = tl.program_id(0)
@@ -183,21 +184,24 @@ def combine(
     tile = query // TILE_QUERIES
     token = tl.load(tile_token + tile) + query % TILE_QUERIES
     if token < tl.load(starts + tl.load(tile_sequence + tile) + 1):
-        splits = tl.arange(0, NUM_SPLITS)
         columns = tl.arange(0, VALUE_WIDTH)
-        row = (query.to(tl.int64) * num_heads + head) * NUM_SPLITS + splits
-        highest_of = tl.load(stats + row * 2)
-        highest = tl.max(highest_of, 0)
+        is_column = columns < VALUE_DIM
+        first_row = (query.to(tl.int64) * num_heads + head) * NUM_SPLITS
+        all_rows = first_row + tl.arange(0, NUM_SPLITS)
+        highest = tl.max(tl.load(stats + all_rows * 2), 0)
         if HAS_SINKS:
             sink = tl.load(sinks + head)
             highest = tl.maximum(highest, sink)
-        faded = tl.exp(highest_of - highest)
-        total = tl.sum(tl.load(stats + row * 2 + 1) * faded, 0)
+        total = tl.sum(tl.load(stats + all_rows * 2 + 1) * tl.exp(tl.load(stats + all_rows * 2) - highest), 0)
         if HAS_SINKS:
             total += tl.exp(sink - highest)
-        is_column = columns < VALUE_DIM
-        parts = tl.load(sums + row[:, None] * VALUE_DIM + columns[None, :], mask=is_column[None, :], other=0.0)
-        made = tl.sum(parts * faded[:, None], 0) / total
+        summed = tl.zeros([VALUE_WIDTH], tl.float32)
+        for first in range(0, NUM_SPLITS, SPLITS_AT_ONCE):
+            row = first_row + first + tl.arange(0, SPLITS_AT_ONCE)
+            faded = tl.exp(tl.load(stats + row * 2) - highest)
+            parts = tl.load(sums + row[:, None] * VALUE_DIM + columns[None, :], mask=is_column[None, :], other=0.0)
+            summed += tl.sum(parts * faded[:, None], 0)
+        made = summed / total
         output_row = output + (token.to(tl.int64) * num_heads + head) * VALUE_DIM
         tl.store(output_row + columns, made.to(output.dtype.element_ty), mask=is_column)
 
