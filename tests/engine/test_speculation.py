@@ -7,11 +7,13 @@ import pytest
 from tests.server.fake_engine import INFO
 
 from shardwright.config import EngineConfig, SpeculativeConfig
+from shardwright.engine.in_flight import ScheduledTokens
 from shardwright.engine.messages import EngineInfo, EngineRequest
 from shardwright.engine.request import Request
 from shardwright.engine.speculation import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Speculation, open_speculation
 from shardwright.errors import ConfigError
 from shardwright.sampling_params import SamplingParams
+from shardwright.worker.batch import StepResult
 
 ENGINE: EngineInfo = msgspec.structs.replace(INFO, max_num_batched_tokens=2048)
 
@@ -24,6 +26,17 @@ def make_speculation(*, step_tokens: int = 16, max_model_len: int = 64, **option
 def make_request(tokens: list[int], *, max_tokens: int | None = 20) -> Request:
     params = SamplingParams(max_tokens=max_tokens)
     return Request(EngineRequest(request_id="a", prompt_token_ids=tokens, sampling_params=params), (0, 1))
+
+
+def take(
+    speculation: Speculation, request: Request, *, proposed: int = 0, accepted: int = 0, drafted: tuple[int, ...] = ()
+) -> None:
+    """A step brings a token after so many accepted ones."""
+    part = ScheduledTokens(request, 0, 1 + proposed, [0] * proposed)
+    result = StepResult(
+        token_ids=[9], logprobs={}, prompt_logprobs={}, num_accepted={0: accepted}, proposals={0: list(drafted)}
+    )
+    speculation.take(part, 0, result)
 
 
 def test_decodes_share_what_a_step_takes_and_many_guess_nothing() -> None:
@@ -43,7 +56,7 @@ def test_no_more_is_guessed_than_the_request_may_get() -> None:
 
 def test_wrong_guesses_bring_fewer() -> None:
     speculation, request = make_speculation(), make_request([1, 2, 3, 4, 5, 6] * 2)
-    speculation.take(request, num_proposed=4, num_accepted=0, drafted=[])
+    take(speculation, request, proposed=4, accepted=0)
     assert speculation.propose(request, 16) == [1, 2]
     assert (speculation.num_proposed, speculation.num_accepted) == (4, 0)
 
@@ -54,9 +67,9 @@ def test_drafted_tokens_are_those_of_the_last_step_only() -> None:
     assert speculation.drafts
     assert speculation.propose(request, 16) == []
     assert speculation.num_to_draft(request, 16, num_proposed=0) == 4
-    speculation.take(request, num_proposed=0, num_accepted=0, drafted=[7, 8, 9])
+    take(speculation, request, drafted=(7, 8, 9))
     assert speculation.propose(request, 2) == [7, 8]
-    speculation.take(request, num_proposed=2, num_accepted=2, drafted=[])
+    take(speculation, request, proposed=2, accepted=2)
     assert speculation.propose(request, 16) == []
 
 

@@ -111,7 +111,7 @@ class Scheduler:
             if request.state is RequestState.RUNNING and step.budget > 0 and len(step) < share:
                 self._schedule_running(step, request)
         if self.speculation is not None:
-            self._add_proposals(step, self.speculation)
+            self.speculation.add_proposals(step, self.memory)
         for request in prefills:
             if request.state is RequestState.RUNNING and step.budget > 0:
                 self._schedule_running(step, request)
@@ -120,8 +120,8 @@ class Scheduler:
         if step.may_start:
             while step.budget > 0 and self.memory.has_free_row and self._schedule_waiting(step):
                 pass
-        if self.speculation is not None and self.speculation.drafts:
-            self._let_propose(step, self.speculation)
+        if self.speculation is not None:
+            self.speculation.ask_for_drafts(step, self.memory)
         return self._launch(step)
 
     def update(self, result: StepResult) -> list[EngineOutput]:
@@ -227,26 +227,6 @@ class Scheduler:
                 return
         step.add(request, num_tokens, self.memory.news(request))
 
-    def _add_proposals(self, step: BatchBuilder, speculation: Speculation) -> None:
-        """Let decodes verify proposed tokens, where there are blocks."""
-        parts = step.parts
-        most = speculation.most(len(parts))
-        for part in parts if most else []:
-            proposed = speculation.propose(part.request, min(most, step.budget))
-            if proposed and self.memory.grow(part.request, part.end + len(proposed)):
-                step.extend(part.request, proposed, self.memory.news(part.request))
-
-    def _let_propose(self, step: BatchBuilder, speculation: Speculation) -> None:
-        """Let the draft model propose tokens for the requests that get one in this step, where there are blocks."""
-        sampling = [part for part in step.parts if part.known_end == part.request.num_tokens]
-        most = speculation.most(len(sampling))
-        for part in sampling:
-            request = part.request
-            num_tokens = speculation.num_to_draft(request, most, num_proposed=len(part.proposed))
-            end = min(part.end + num_tokens, self.limits.max_model_len)
-            if num_tokens and self.memory.grow(request, end):
-                step.let_propose(request, num_tokens, self.memory.news(request))
-
     def _schedule_waiting(self, step: BatchBuilder) -> bool:
         """Start the request at the head of the queue. False if it must go on waiting."""
         request = self.waiting.peek()
@@ -295,7 +275,7 @@ class Scheduler:
                 request.finish(FinishReason.ABORT)
         request.num_computed_tokens -= num_rejected
         if self.speculation is not None and (part.proposed or token is not None):
-            self._judge(self.speculation, part, place, result)
+            self.speculation.take(part, place, result)
         if request.is_finished:
             self._release(request)
         else:
@@ -317,17 +297,6 @@ class Scheduler:
             num_proposed_tokens=len(part.proposed),
             num_accepted_tokens=num_accepted,
         )
-
-    def _judge(self, speculation: Speculation, part: ScheduledTokens, place: int, result: StepResult) -> None:
-        """Tell what became of the guesses for a sequence."""
-        speculation.take(
-            part.request,
-            num_proposed=len(part.proposed),
-            num_accepted=result.num_accepted.get(place, 0),
-            drafted=result.proposals.get(place, []),
-        )
-        if place in result.errors:
-            speculation.stop(part.request)
 
     def _append(self, request: Request, tokens: list[int]) -> list[int]:
         """Give a request tokens, up to the one that ends it. Returns: those that it took."""

@@ -1,11 +1,11 @@
 """What the scheduler is told about guessing ahead: which tokens to verify, how many to let the draft model propose.
 
-Guesses are never more than an offer. A step has them only where blocks are free and nobody is preempted for them, and
-the worker decides which of them come true (worker/verify.py). No torch here.
+Guesses are never more than an offer: they get blocks that are free when every decode of a step has its own, and the
+worker finds out which of them come true (worker/verify.py). No torch here.
 
-A step of few tokens takes the time of reading the weights, however many tokens there are; a step of many the time of
-multiplying with each. Guesses are free up to where the two meet, so a step of decodes is filled up to there, to equal
-parts, and with more decodes than that nobody guesses.
+A step of few tokens takes the time of reading the weights, however many tokens there are; a step of many takes the time
+of multiplying with each. Guesses are free up to where the two meet. So a step of decodes is filled up to there, in equal
+parts, and with more than half as many decodes nobody guesses.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from __future__ import annotations
 import logging
 
 from shardwright.config import SpeculativeConfig
+from shardwright.engine.batch_builder import BatchBuilder
+from shardwright.engine.in_flight import ScheduledTokens
+from shardwright.engine.memory import SequenceMemory
 from shardwright.engine.messages import EngineInfo
 from shardwright.engine.pace import Pace
 from shardwright.engine.prompt_lookup import PromptLookup
 from shardwright.engine.request import Guesses, Request
+from shardwright.worker.batch import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,52 @@ class Speculation:
         """Most tokens to guess for each of so many decodes that share a step."""
         return max(0, self._step_tokens // max(1, num_decodes) - 1)
 
+    def add_proposals(self, step: BatchBuilder, memory: SequenceMemory) -> None:
+        """Let the decodes of a step verify proposed tokens, where blocks are free.
+
+        Args:
+            step: with its decodes, and nothing else yet.
+            memory: of the scheduler.
+        """
+        most = self.most(len(step))
+        for part in step.parts if most else []:
+            proposed = self.propose(part.request, min(most, step.budget))
+            if proposed and memory.grow(part.request, part.end + len(proposed)):
+                step.extend(part.request, proposed, memory.news(part.request))
+
+    def ask_for_drafts(self, step: BatchBuilder, memory: SequenceMemory) -> None:
+        """Let the draft model propose tokens for the requests that get one in a step, where blocks are free.
+
+        Args:
+            step: with all its sequences.
+            memory: of the scheduler.
+        """
+        if not self.drafts:
+            return
+        sampling = [part for part in step.parts if part.known_end == part.request.num_tokens]
+        most = self.most(len(sampling))
+        for part in sampling:
+            num_tokens = self.num_to_draft(part.request, most, num_proposed=len(part.proposed))
+            if num_tokens and memory.grow(part.request, min(part.end + num_tokens, self._max_model_len)):
+                step.let_propose(part.request, num_tokens, memory.news(part.request))
+
+    def take(self, part: ScheduledTokens, place: int, result: StepResult) -> None:
+        """Take in what became of the guesses for a request in a step in which it was to get a token.
+
+        Args:
+            part: its part of the step.
+            place: of the request in `result`.
+            result: of the step.
+        """
+        num_proposed, num_accepted = len(part.proposed), result.num_accepted.get(place, 0)
+        self.num_proposed += num_proposed
+        self.num_accepted += num_accepted
+        guesses = self._guesses(part.request)
+        guesses.pace.take(num_proposed, num_accepted)
+        guesses.drafted = result.proposals.get(place, [])
+        if place in result.errors:
+            guesses.pace.stop()
+
     def propose(self, request: Request, most: int) -> list[int]:
         """Tokens that may follow those of a request whose last known token is to be computed."""
         guesses = self._guesses(request)
@@ -70,24 +120,6 @@ class Speculation:
         """
         length = self._guesses(request).pace.length_after(guesses_now=num_proposed > 0)
         return max(0, min(most, length, self._room(request, request.num_tokens + 1)))
-
-    def take(self, request: Request, *, num_proposed: int, num_accepted: int, drafted: list[int]) -> None:
-        """Take in what became of a request's guesses in a step in which it got a token.
-
-        Args:
-            num_proposed: tokens that were verified.
-            num_accepted: those that came true, one after another.
-            drafted: what the draft model proposes for the next step.
-        """
-        self.num_proposed += num_proposed
-        self.num_accepted += num_accepted
-        guesses = self._guesses(request)
-        guesses.pace.take(num_proposed, num_accepted)
-        guesses.drafted = drafted
-
-    def stop(self, request: Request) -> None:
-        """Guess nothing more for a request."""
-        self._guesses(request).pace.stop()
 
     def _guesses(self, request: Request) -> Guesses:
         if request.guesses is None:
@@ -118,6 +150,12 @@ def open_speculation(config: SpeculativeConfig, info: EngineInfo) -> Speculation
     step_tokens = config.speculative_step_tokens
     if step_tokens is None:
         step_tokens = CPU_STEP_TOKENS if info.device.startswith("cpu") else GPU_STEP_TOKENS
+    logger.info(
+        "up to %d tokens are guessed ahead by %s, in steps of up to %d tokens",
+        config.num_speculative_tokens,
+        config.speculative_model or "prompt lookup",
+        step_tokens,
+    )
     return Speculation(
         config, step_tokens=min(step_tokens, info.max_num_batched_tokens), max_model_len=info.max_model_len
     )
