@@ -4,8 +4,8 @@ Guesses are never more than an offer: they get blocks that are free when every d
 worker finds out which of them come true (worker/verify.py). No torch here.
 
 A step of few tokens takes the time of reading the weights, however many tokens there are; a step of many takes the time
-of multiplying with each. Guesses are free up to where the two meet. So a step of decodes is filled up to there, in equal
-parts, and with more than half as many decodes nobody guesses.
+of multiplying with each. Guesses are free up to where the two meet. So a step of decodes is filled up to there, in
+equal parts, and with more than half as many decodes nobody guesses.
 """
 
 from __future__ import annotations

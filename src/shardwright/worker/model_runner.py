@@ -21,7 +21,7 @@ from shardwright.worker.sampler import Sampler, prompt_logprobs
 from shardwright.worker.sampling_state import SamplingState
 from shardwright.worker.step import Ints, StepModel, StepTables, Tables, ranges
 from shardwright.worker.table_rows import TableRows
-from shardwright.worker.verify import Proposed, verify
+from shardwright.worker.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +99,14 @@ class ModelRunner:
         self._num_computed[rows] = num_computed + num_tokens
         ends = np.cumsum(num_tokens)
         samples = np.flatnonzero(num_computed + num_tokens - num_proposed == self._num_known[rows])
+        wanted = ends[samples] - 1
+        if batch.proposed:
+            wanted = ranges(wanted - num_proposed[samples], num_proposed[samples] + 1)
         scored = self._scored_prompts(rows, num_computed, num_tokens, ends)
-        sampled_from = ranges(ends[samples] - 1 - num_proposed[samples], num_proposed[samples] + 1)
-        wanted, place_of = np.unique(
-            np.concatenate([sampled_from, *(s.packed_places for s in scored)]), return_inverse=True
-        )
+        if scored:  # else they are in the order of the samples already
+            wanted, place_of = np.unique(
+                np.concatenate([wanted, *(s.packed_places for s in scored)]), return_inverse=True
+            )
         logits = self._model.compute(
             StepTables(
                 token_rows=self._token_rows,
@@ -116,9 +119,9 @@ class ModelRunner:
         )
         if not self._samples:
             return None
-        if scored:  # else they are in the order of the samples already
+        if scored:
             logits = logits[torch.from_numpy(place_of).to(self._device)]
-        return self._result(batch, rows, samples, num_proposed[samples], scored, logits)
+        return self._result(batch, rows, samples, scored, logits)
 
     def _take_in(self, batch: Batch) -> None:
         """Write down what is new in the batch."""
@@ -167,16 +170,12 @@ class ModelRunner:
         return scored
 
     def _result(
-        self,
-        batch: Batch,
-        rows: Ints,
-        samples: Ints,
-        num_proposed: Ints,
-        scored: list[_ScoredPrompt],
-        logits: Tensor,
+        self, batch: Batch, rows: Ints, samples: Ints, scored: list[_ScoredPrompt], logits: Tensor
     ) -> StepResult:
-        start = len(samples) + int(num_proposed.sum())
-        sampled = self._sample(batch, rows, samples, num_proposed, logits[:start])
+        start = len(samples) + sum(map(len, batch.proposed.values()))
+        sampled = self._sample(batch, rows, samples, logits[:start])
+        if not scored:
+            return sampled
         prompt: dict[int, list[TokenLogprobs]] = {}
         for part in scored:
             row, count = rows[part.place], len(part.packed_places)
@@ -189,34 +188,33 @@ class ModelRunner:
             start += count
         return msgspec.structs.replace(sampled, prompt_logprobs=prompt)
 
-    def _sample(self, batch: Batch, rows: Ints, samples: Ints, num_proposed: Ints, logits: Tensor) -> StepResult:
+    def _sample(self, batch: Batch, rows: Ints, samples: Ints, logits: Tensor) -> StepResult:
         """Give the rows of `samples` their tokens, and let the draft model propose the next ones."""
         tokens: list[int | None] = [None] * len(batch.rows)
         if not len(samples):
             return StepResult(token_ids=tokens, logprobs={}, prompt_logprobs={})
-        proposed = np.zeros((len(samples), int(num_proposed.max())), dtype=np.int64)
         places = samples.tolist()
-        for i in np.flatnonzero(num_proposed).tolist():
-            proposed[i, : num_proposed[i]] = batch.proposed[places[i]]
         got = verify(
             logits,
-            Proposed(proposed, num_proposed),
             rows[samples],
+            {i: batch.proposed[place] for i, place in enumerate(places) if place in batch.proposed},
             sampler=self._sampler,
             state=self._sampling,
             take=self._remember,
         )
+        for place, token in zip(places, got.token_ids.tolist(), strict=True):
+            tokens[place] = token
         errors = {places[i]: "the model's logits are not numbers (NaN)" for i in got.failed}
         for place in errors:
             self._scrub(int(rows[place]))
-        for place, token in zip(places, got.token_ids.tolist(), strict=True):
-            tokens[place] = None if place in errors and place in batch.proposed else token
+            if place in batch.proposed:
+                tokens[place] = None
         return StepResult(
             token_ids=tokens,
-            logprobs={place: own for place, own in zip(places, got.logprobs, strict=True) if own},
+            logprobs={places[i]: own for i, own in got.logprobs.items()},
             prompt_logprobs={},
             errors=errors,
-            num_accepted={places[i]: int(got.num_accepted[i]) for i in np.flatnonzero(got.num_accepted).tolist()},
+            num_accepted={places[i]: count for i, count in got.num_accepted.items()},
             proposals=self._propose({p: n for p, n in batch.num_to_propose.items() if p not in errors}, rows),
         )
 

@@ -56,7 +56,6 @@ class Sampler:
         token_ids = self.choose(logits, state, rows)
         return SamplerOutput(token_ids, _logprobs(logits, token_ids, state, rows))
 
-    @torch.inference_mode()
     def choose(self, logits: Tensor, state: SamplingState, rows: Ints, *, ahead: int = 0) -> Ints:
         """The tokens alone; arguments as above.
 

@@ -16,7 +16,7 @@ speculation as without, however often it was preempted and whatever ran beside i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,18 +25,8 @@ from torch import Tensor
 
 from shardwright.engine.messages import TokenLogprobs
 from shardwright.worker.sampler import Sampler
-from shardwright.worker.sampling_state import SamplingState
+from shardwright.worker.sampling_state import Bools, SamplingState
 from shardwright.worker.step import Ints
-
-
-@dataclass(frozen=True, slots=True)
-class Proposed:
-    """Tokens to verify, of n sequences."""
-
-    token_ids: Ints
-    """[n, most], the rest zero."""
-    counts: Ints
-    """[n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +35,18 @@ class Verified:
 
     token_ids: Ints
     """[n]: the last token of each."""
-    num_accepted: Ints
-    """[n]: proposed tokens that come before it."""
-    logprobs: list[list[TokenLogprobs]]
-    """[n]: of all these, for the sequences that asked."""
+    num_accepted: dict[int, int]
+    """By place among the n, how many proposed tokens come before it; those that have none are left out."""
+    logprobs: dict[int, list[TokenLogprobs]]
+    """By place, of all these, for the sequences that asked."""
     failed: list[int]
-    """Sequences whose logits were not numbers behind these; their last token means nothing, and was not taken."""
+    """Places of sequences whose logits then were not numbers; their last token means nothing, and was not taken."""
 
 
 def verify(
     logits: Tensor,
-    proposed: Proposed,
     rows: Ints,
+    proposals: Mapping[int, Sequence[int]],
     *,
     sampler: Sampler,
     state: SamplingState,
@@ -67,39 +57,58 @@ def verify(
     Args:
         logits: [n + all proposed, vocab]: after the last known token of a sequence and each proposed one, one sequence
             after another.
-        proposed: of the sequences.
         rows: [n], distinct.
+        proposals: by place in `rows`, tokens to verify.
         sampler: chooses.
         state: of the sampler; up to date after each call of `take`.
         take: writes down one more token for some rows.
     """
-    count, most = proposed.token_ids.shape
-    first = np.cumsum(proposed.counts + 1) - proposed.counts - 1
-    tokens, num_accepted = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
+    logprobs: dict[int, list[TokenLogprobs]] = {}
     failed: list[int] = []
-    going = np.arange(count)
-    for ahead in range(most + 1):
-        at = logits if len(logits) == count else logits[torch.from_numpy(first[going] + ahead).to(logits.device)]
-        sampled = sampler(at, state, rows[going])
-        tokens[going] = sampled.token_ids
-        is_number = ~chosen_are_nan(at, sampled.token_ids)
-        failed += going[~is_number].tolist()
-        take(rows[going[is_number]], sampled.token_ids[is_number])
-        for place, own in zip(going.tolist(), sampled.logprobs, strict=True):
+
+    def choose(logits: Tensor, places: Ints) -> tuple[Ints, Bools]:
+        """The next token of some sequences, and which of them are none."""
+        sampled = sampler(logits, state, rows[places])
+        is_nan = chosen_are_nan(logits, sampled.token_ids)
+        if is_nan.any():
+            failed.extend(places[is_nan].tolist())
+            take(rows[places[~is_nan]], sampled.token_ids[~is_nan])
+        else:
+            take(rows[places], sampled.token_ids)
+        for place, own in zip(places.tolist(), sampled.logprobs, strict=True):
             if own is not None:
-                logprobs[place].append(own)
-        if ahead == most:
-            break
-        is_right = (ahead < proposed.counts[going]) & (sampled.token_ids == proposed.token_ids[going, ahead])
-        going = going[is_right & is_number]
-        if not len(going):
-            break
+                logprobs.setdefault(place, []).append(own)
+        return sampled.token_ids, is_nan
+
+    going = np.arange(len(rows))
+    if not proposals:
+        return Verified(choose(logits, going)[0], {}, logprobs, failed)
+    counts, proposed = _packed(proposals, len(rows))
+    first = np.cumsum(counts + 1) - counts - 1
+    tokens, num_accepted = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    while len(going):
+        ahead = num_accepted[going]
+        at = torch.from_numpy(first[going] + ahead).to(logits.device)
+        tokens[going], is_nan = choose(logits[at], going)
+        is_right = ~is_nan & (ahead < counts[going]) & (tokens[going] == proposed[going, ahead])
+        going = going[is_right]
         num_accepted[going] += 1
-    return Verified(tokens, num_accepted, logprobs, failed)
+    accepted = {place: int(num_accepted[place]) for place in np.flatnonzero(num_accepted).tolist()}
+    return Verified(tokens, accepted, logprobs, failed)
 
 
-def chosen_are_nan(logits: Tensor, token_ids: Ints) -> np.ndarray:
-    """[n] bool. Not-a-number wins every argmax, so it is enough to look at the chosen logits."""
+def chosen_are_nan(logits: Tensor, token_ids: Ints) -> Bools:
+    """[n]. Not-a-number wins every argmax, so it is enough to look at the chosen logits."""
     chosen = torch.from_numpy(token_ids).to(logits.device)[:, None]
-    return logits.gather(1, chosen).isnan().flatten().cpu().numpy()
+    is_nan: Bools = logits.gather(1, chosen).isnan().flatten().cpu().numpy()
+    return is_nan
+
+
+def _packed(proposals: Mapping[int, Sequence[int]], count: int) -> tuple[Ints, Ints]:
+    """How many tokens are proposed for each of so many sequences, [n], and which, [n, one more than the most]."""
+    counts = np.zeros(count, np.int64)
+    token_ids = np.zeros((count, max(map(len, proposals.values())) + 1), np.int64)
+    for place, own in proposals.items():
+        counts[place] = len(own)
+        token_ids[place, : len(own)] = own
+    return counts, token_ids
