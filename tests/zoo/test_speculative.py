@@ -15,7 +15,7 @@ from shardwright import LLM
 from shardwright.errors import ConfigError
 
 ARCHITECTURES = {
-    "llama": [], "gemma2": [pytest.mark.slow], "deepseek_v3": [pytest.mark.slow], "gpt2": [pytest.mark.sweep],
+    "gemma2": [], "deepseek_v3": [pytest.mark.slow], "gpt2": [pytest.mark.sweep], "llama": [pytest.mark.sweep],
     "mixtral": [pytest.mark.sweep],
 }  # fmt: skip
 ALL_GUESS = {"speculative_step_tokens": 64, "num_speculative_tokens": 3}
