@@ -45,6 +45,7 @@ class PackedModel:
 
     takes_chunks = True
     reuses_prefixes = True
+    can_rewind = True
     bytes_per_row = 0
 
     def __init__(

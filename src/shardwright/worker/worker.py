@@ -8,7 +8,8 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ from shardwright.layers.upcast_linear import has_fast_half_products
 from shardwright.loading.load import weight_bytes
 from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.blueprint import Blueprint
+from shardwright.worker.draft import Draft, DraftModel
 from shardwright.worker.fingerprint import fingerprint
 from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget
@@ -31,9 +33,9 @@ from shardwright.worker.model_runner import ModelRunner, RunnerLimits
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
-from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups
+from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups, merged_groups
 from shardwright.worker.self_check import run_largest_step
-from shardwright.worker.step import StepModel
+from shardwright.worker.step import StepModel, Tables
 from shardwright.worker.threads import one_thread
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,10 @@ class Worker:
                 max_model_len=blueprint.max_model_len,
                 block_size=config.cache.block_size,
             )
+        self._draft: Draft | None = None
+        if config.speculative.method == "draft" and placement.samples and model.can_rewind:
+            self._draft = load_draft(config, blueprint, self._device)
+        cached: list[StepModel] = [model] if self._draft is None else [model, self._draft.model]
         gather_logits_once(module)  # they were needed by every rank's check, and are by the one that samples
         self._vocab_size = blueprint.vocab_size
         self._runner: ModelRunner | None = None
@@ -92,14 +98,15 @@ class Worker:
             host=socket.gethostname(),
             device=str(self._device),
             weight_bytes=weight_bytes(module),
-            num_layers=len(model.layers),
-            groups=model.groups,
+            num_layers=sum(len(one.layers) for one in cached),
+            groups=merged_groups([one.groups for one in cached], [len(one.layers) for one in cached]),
             budget_bytes=kv_cache_budget(config.cache, self._device, num_sharing=placement.num_local),
-            bytes_per_block=model.bytes_per_block(config.cache.block_size),
+            bytes_per_block=sum(one.bytes_per_block(config.cache.block_size) for one in cached),
             bytes_per_row=model.bytes_per_row,
             max_step_tokens=model.max_step_tokens,
             takes_chunks=model.takes_chunks,
             reuses_prefixes=model.reuses_prefixes,
+            can_rewind=model.can_rewind,
             attention_rung=model.rung,
             attention_reason=model.rung_reason,
             load_s=loaded - started,
@@ -123,6 +130,19 @@ class Worker:
             seed=self._config.model.seed,
             groups=local_groups(allocation.groups, self._model.groups),
             samples=self._placement.samples,
+            draft=None if self._draft is None else partial(self._allocate_draft, self._draft, allocation),
+        )
+
+    def _allocate_draft(self, draft: Draft, allocation: Allocation, token_rows: Tables) -> DraftModel:
+        block_size = self._config.cache.block_size
+        draft.model.allocate(num_rows=allocation.max_num_seqs, num_blocks=allocation.num_blocks, block_size=block_size)
+        return DraftModel(
+            draft,
+            token_rows,
+            num_blocks=allocation.num_blocks,
+            block_size=block_size,
+            most_tokens=allocation.max_num_batched_tokens,
+            groups=local_groups(allocation.groups, draft.model.groups),
         )
 
     @eager
@@ -196,6 +216,29 @@ def adapt(
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"
         raise UnsupportedModelError(f"{name} cannot be served: {exc}") from exc
+
+
+def load_draft(config: EngineConfig, target: Blueprint, device: torch.device) -> Draft:
+    """The model that proposes tokens for another one, without a cache.
+
+    Raises: as a Worker does; ConfigError if it has another vocabulary, or cannot propose.
+    """
+    config = config.of_draft
+    blueprint = Blueprint.of(config.model)
+    if blueprint.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"speculative_model {config.model.model} has a vocabulary of {blueprint.vocab_size:,} tokens but the model "
+            f"has one of {target.vocab_size:,}: a model that drafts must have the same"
+        )
+    blueprint = replace(blueprint, max_model_len=min(blueprint.max_model_len, target.max_model_len))
+    model = adapt(load_part(blueprint, config, ALONE, None).module.to(device), blueprint, config, device)
+    if not model.can_rewind:
+        raise ConfigError(
+            f"speculative_model {config.model.model} is served on rung {model.rung}: what its wrong proposals leave "
+            f"behind cannot be taken back ({model.rung_reason})"
+        )
+    logger.info("tokens are proposed by %s, attention %s", config.model.model, model.rung)
+    return Draft(model=model, max_model_len=blueprint.max_model_len)
 
 
 def _expect_no_padding(module: nn.Module) -> None:

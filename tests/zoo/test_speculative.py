@@ -1,0 +1,96 @@
+"""Tokens guessed ahead change nothing: greedy tokens are those of Hugging Face `generate`, whatever is guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.zoo.architectures import FULL, LATENT, MIXED, SLIDING, STATES
+from tests.zoo.builder import build
+from tests.zoo.served import BLOCK_SIZE, Architecture
+from transformers import AutoModelForCausalLM
+
+from shardwright import LLM, SamplingParams
+from shardwright.errors import ConfigError
+
+ARCHITECTURES = {
+    "llama": [], "gemma2": [pytest.mark.slow], "deepseek_v3": [pytest.mark.slow], "gpt2": [pytest.mark.sweep],
+    "mixtral": [pytest.mark.sweep],
+}  # fmt: skip
+ALL_GUESS = {"speculative_step_tokens": 64, "num_speculative_tokens": 3}
+"""As many as a batch of these tests has requests."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks) for name, marks in ARCHITECTURES.items()])
+def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    directory = tmp_path_factory.mktemp("speculative") / request.param
+    reference = build(request.param, (FULL | SLIDING | MIXED)[request.param], directory)
+    return Architecture(reference, caches_latents=request.param in LATENT)
+
+
+@pytest.fixture(scope="module")
+def noisy(architecture: Architecture) -> Path:
+    """The same model with some noise in its weights: what it proposes is often right, and often wrong."""
+    path = architecture.reference.path
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(noisy := path.parent / "noisy")
+    return noisy
+
+
+def check_guesses(llm: LLM) -> None:
+    assert 0 < llm.stats.num_accepted_tokens < llm.stats.num_proposed_tokens
+
+
+def test_by_prompt_lookup(architecture: Architecture) -> None:
+    with architecture.engine(speculative_method="ngram", prompt_lookup_min=1, **ALL_GUESS) as llm:
+        architecture.check_all(llm)
+        check_guesses(llm)
+        again = [prompt + output[:9] for prompt, output in zip(*both(architecture), strict=True)]
+        params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in again], params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == [out[9:] for out in both(architecture)[1]]
+
+
+def both(architecture: Architecture) -> tuple[list[list[int]], list[list[int]]]:
+    return architecture.reference.prompts, architecture.reference.outputs
+
+
+def test_by_a_draft_model(architecture: Architecture, noisy: Path) -> None:
+    with architecture.engine(speculative_model=str(noisy), **ALL_GUESS) as llm:
+        for _ in range(2):  # then with prefixes that both have in their blocks
+            architecture.check_all(llm)
+        check_guesses(llm)
+        assert llm.stats.num_prefix_hit_tokens > 0
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+def test_in_chunks_and_with_preemption(architecture: Architecture, noisy: Path, method: str) -> None:
+    guesses = {"speculative_model": str(noisy)} if method == "draft" else {"speculative_method": "ngram"}
+    options = ALL_GUESS | guesses | {"max_num_batched_tokens": 12, "prompt_lookup_min": 1}
+    with architecture.engine(**options) as llm:
+        bytes_per_block = llm.info.kv_cache_bytes // (llm.info.num_blocks + 1)
+        blocks_per_sequence = llm.info.num_blocks // llm.info.max_num_seqs
+    budget = bytes_per_block * (blocks_per_sequence + 1)
+    order = (0, 1, 0, 1, 2, 3)  # short prompts start together and outgrow the blocks
+    prompts, outputs = ([all_of[i] for i in order] for all_of in both(architecture))
+    with architecture.engine(**options, kv_cache_memory_bytes=budget, enable_prefix_caching=False) as llm:
+        architecture.check(llm, prompts, outputs)
+        assert llm.stats.num_preemptions > 0
+        assert llm.stats.num_proposed_tokens > 0
+
+
+@pytest.mark.slow
+def test_states_are_not_guessed_ahead_of(tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reference = build("mamba2", STATES["mamba2"], tmp_path / "mamba2")
+    served = Architecture(reference, rung="state")
+    with served.engine(speculative_method="ngram", prompt_lookup_min=1) as llm:
+        served.check_all(llm)
+        assert llm.stats.num_proposed_tokens == 0
+    assert "no tokens are guessed ahead: on rung 'state'" in caplog.text
+    with pytest.raises(ConfigError, match="rung state: what its wrong proposals leave behind cannot be taken back"):
+        LLM(str(tiny_llama), dtype="float32", block_size=BLOCK_SIZE, speculative_model=str(reference.path))
