@@ -6,11 +6,11 @@ import msgspec
 import pytest
 from tests.server.fake_engine import INFO
 
-from shardwright.config import EngineConfig, SpeculativeConfig
+from shardwright.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig, SpeculativeConfig
 from shardwright.engine.in_flight import ScheduledTokens
 from shardwright.engine.messages import EngineInfo, EngineRequest
 from shardwright.engine.request import Request
-from shardwright.engine.speculation import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Speculation, open_speculation
+from shardwright.engine.speculation import Speculation, open_speculation
 from shardwright.errors import ConfigError
 from shardwright.sampling_params import SamplingParams
 from shardwright.worker.batch import StepResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from tests.zoo.builder import build
 from tests.zoo.served import BLOCK_SIZE, Architecture
 from transformers import AutoModelForCausalLM
 
-from shardwright import LLM
+from shardwright import LLM, SamplingParams
 from shardwright.errors import ConfigError
+from shardwright.kernels.jit import native_library
+from shardwright.outputs import CompletionOutput
 
 ARCHITECTURES = {
     "gemma2": [], "deepseek_v3": [pytest.mark.slow], "gpt2": [pytest.mark.sweep], "llama": [pytest.mark.sweep],
@@ -71,6 +74,71 @@ def test_in_chunks_and_with_preemption(architecture: Architecture, noisy: Path, 
         architecture.check(llm, prompts, outputs)
         assert llm.stats.num_preemptions > 0
         assert llm.stats.num_proposed_tokens > 0
+
+
+def request_of_any_kind(chance: random.Random) -> tuple[list[int], SamplingParams]:
+    max_tokens = chance.randrange(1, 24)
+    params = SamplingParams(
+        temperature=chance.choice([0.0, 0.7, 1.5]),
+        seed=chance.randrange(1000),
+        max_tokens=max_tokens,
+        min_tokens=chance.choice([0, min(5, max_tokens)]),
+        top_p=chance.choice([1.0, 0.9]),
+        top_k=chance.choice([0, 20]),
+        min_p=chance.choice([0.0, 0.02]),
+        repetition_penalty=chance.choice([1.0, 1.3]),
+        frequency_penalty=chance.choice([0.0, 0.5]),
+        logit_bias=chance.choice([None, {40: 3.0}]),
+        logprobs=chance.choice([None, 0, 2]),
+        stop_token_ids=chance.choice([None, list(range(30, 60))]),
+        stop=chance.choice([None, ["a", "Q"]]),
+    )
+    return [chance.randrange(4, 20) for _ in range(chance.randrange(1, 36))], params
+
+
+def test_requests_of_all_kinds_get_what_they_get_without_guesses(architecture: Architecture, noisy: Path) -> None:
+    chance = random.Random(1)
+    prompts, params = zip(*(request_of_any_kind(chance) for _ in range(16)), strict=True)
+
+    def run(**options: object) -> list[CompletionOutput]:
+        with architecture.engine(**options) as llm:
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            assert (llm.stats.num_proposed_tokens > 0) == bool(options)
+        return [output.outputs[0] for output in outputs]
+
+    def told(output: CompletionOutput) -> tuple[object, ...]:
+        return output.token_ids, output.text, output.finish_reason, output.stop_reason
+
+    expected = run()
+    guesses = {
+        "ngram": {"speculative_method": "ngram", "prompt_lookup_min": 1},
+        "draft": {"speculative_model": str(noisy)},
+    }
+    for method in guesses.values():
+        for found, wanted in zip(run(**ALL_GUESS, **method), expected, strict=True):
+            assert told(found) == told(wanted)
+            for position, other in zip(found.logprobs or [], wanted.logprobs or [], strict=True):
+                assert [entry.logprob for entry in position.values()] == pytest.approx(
+                    [entry.logprob for entry in other.values()], abs=1e-4
+                )
+
+
+@pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+def test_steps_with_guesses_are_repeated_like_others(tiny_llama: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(str(tiny_llama), max_num_seqs=1, kv_cache_memory_bytes="16MiB", speculative_model=str(tiny_llama)) as llm:
+        worker = llm._core.executor._worker  # type: ignore[union-attr]
+        calls: list[int] = []
+        for model in (worker._model, worker._draft.model):
+            assert model._program is not None
+            run = model.served.forward
+            model.served.forward = lambda inputs, *rest, run=run: (
+                calls.append(len(inputs.input_ids)),
+                run(inputs, *rest),
+            )[1]
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+        assert llm.stats.num_accepted_tokens > 0
+    assert calls == []
 
 
 @pytest.mark.slow

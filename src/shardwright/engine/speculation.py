@@ -24,13 +24,6 @@ from shardwright.worker.batch import StepResult
 
 logger = logging.getLogger(__name__)
 
-CPU_STEP_TOKENS = 8
-"""Tokens of a step that take as long to multiply as the weights to read: GEMM rate over memory bandwidth, with weights
-of two bytes. 5.7 were measured with AVX2, 12 with AVX512-BF16."""
-
-GPU_STEP_TOKENS = 256
-"""The same, by the data sheets of current GPUs."""
-
 
 class Speculation:
     """Guesses for the sequences of a scheduler.
@@ -147,9 +140,7 @@ def open_speculation(config: SpeculativeConfig, info: EngineInfo) -> Speculation
             info.attention_rung,
         )
         return None
-    step_tokens = config.speculative_step_tokens
-    if step_tokens is None:
-        step_tokens = CPU_STEP_TOKENS if info.device.startswith("cpu") else GPU_STEP_TOKENS
+    step_tokens = config.step_tokens(info.device)
     logger.info(
         "up to %d tokens are guessed ahead by %s, in steps of up to %d tokens",
         config.num_speculative_tokens,

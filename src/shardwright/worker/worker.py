@@ -251,11 +251,12 @@ def _expect_no_padding(module: nn.Module) -> None:
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
     """Let a model's steps be carried out natively, if they can be."""
     sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
+    num_guesses = 0 if config.speculative.method == "none" else config.speculative.step_tokens("cpu")
     problem = model.record(
         num_positions=blueprint.max_model_len,
         vocab_size=blueprint.vocab_size,
         most_tokens=sizes.max_num_batched_tokens,
-        most_rows=sizes.max_num_seqs,
+        most_rows=sizes.max_num_seqs + num_guesses,
     )
     if problem is None:
         logger.debug("steps are recorded, and carried out natively")
