@@ -1,6 +1,6 @@
 """An engine in a process of its own, that runs what `peers.py` asks for.
 
-    python peer_hf.py MODEL DTYPE
+    python peer_hf.py MODEL DTYPE [what the engine takes beside that]
 
 Standard library only, since peers have environments of their own.
 
@@ -27,8 +27,8 @@ class Engine(Protocol):
         """Versions and settings, for the report."""
         ...
 
-    def reset(self) -> None:
-        """Forget cached prefixes; not timed."""
+    def prepare(self, prompts: list[list[int]], output_tokens: int) -> None:
+        """Forget cached prefixes, and make room for a job; not timed."""
         ...
 
     def generate(self, prompts: list[list[int]], output_tokens: int) -> int:
@@ -36,9 +36,8 @@ class Engine(Protocol):
         ...
 
 
-def serve(load: Callable[[str, str], Engine]) -> None:
+def serve(load: Callable[..., Engine]) -> None:
     """Load an engine and run jobs on it until stdin ends."""
-    model, dtype = sys.argv[1:3]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
 
@@ -46,13 +45,13 @@ def serve(load: Callable[[str, str], Engine]) -> None:
         replies.write(json.dumps(document) + "\n")
         replies.flush()
 
-    engine = load(model, dtype)
+    engine = load(*sys.argv[1:])
     ready = time.time()
     engine.generate([FIRST_PROMPT], 1)
     reply({"ready": ready, "first_token": time.time(), **engine.describe()})
     for line in sys.stdin:
         job = json.loads(line)
-        engine.reset()
+        engine.prepare(job["prompts"], job["output_tokens"])
         start = time.perf_counter()
         num_tokens = engine.generate(job["prompts"], job["output_tokens"])
         elapsed_s = time.perf_counter() - start

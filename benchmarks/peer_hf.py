@@ -21,7 +21,7 @@ class HuggingFace:
     def describe(self) -> dict[str, Any]:
         return {"version": transformers.__version__}
 
-    def reset(self) -> None:
+    def prepare(self, prompts: list[list[int]], output_tokens: int) -> None:
         pass
 
     def generate(self, prompts: list[list[int]], output_tokens: int) -> int:

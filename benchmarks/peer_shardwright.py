@@ -15,13 +15,13 @@ from shardwright.sampling_params import SamplingParams
 class Shardwright:
     """An engine in this process."""
 
-    def __init__(self, model: str, dtype: str) -> None:
-        self.llm = LLM(model, dtype=dtype)
+    def __init__(self, model: str, dtype: str, quantization: str = "none") -> None:
+        self.llm = LLM(model, dtype=dtype, quantization=quantization)
 
     def describe(self) -> dict[str, Any]:
         return {"version": importlib.metadata.version("shardwright"), "info": msgspec.to_builtins(self.llm.info)}
 
-    def reset(self) -> None:
+    def prepare(self, prompts: list[list[int]], output_tokens: int) -> None:
         self.llm.reset_prefix_cache()
 
     def generate(self, prompts: list[list[int]], output_tokens: int) -> int:

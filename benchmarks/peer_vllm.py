@@ -19,7 +19,7 @@ class Vllm:
     def describe(self) -> dict[str, Any]:
         return {"version": vllm.__version__}
 
-    def reset(self) -> None:
+    def prepare(self, prompts: list[list[int]], output_tokens: int) -> None:
         self.llm.reset_prefix_cache()
 
     def generate(self, prompts: list[list[int]], output_tokens: int) -> int:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-NAMES = {"shardwright": "shardwright", "hf": "HF generate", "vllm": "vLLM"}
+NAMES = {"hf": "HF generate", "vllm": "vLLM"}
 
 
 def as_markdown(document: dict[str, Any]) -> str:
     """Heading, machine and one table of throughput, one of starts and memory."""
     engines = list(document["starts"])
-    peers = engines[1:]
+    peers = list(document["workloads"][0]["ratio"]) if document["workloads"] else []
     machine = document["machine"]
-    header = ["workload", *(NAMES[e] for e in engines), *(f"ratio to {NAMES[p]}" for p in peers), "bound", "of bound"]
+    header = ["workload", *map(title, engines), *(f"ratio to {title(p)}" for p in peers), "bound", "of bound"]
     rows = [
         [
             row["name"] + (" (total)" if row["headline"] == "total" else ""),
@@ -41,13 +41,18 @@ def as_markdown(document: dict[str, Any]) -> str:
             f" reads {machine['read_gb_per_s']} GB/s, multiplies {machine['gemm_gflop_per_s']} GFLOP/s"
             f" ({machine['gemm_dtype']}).",
             ", ".join(f"{name} {version}" for name, version in document["versions"].items()) + ".",
-            f"Output tokens per second (total: prompt and output), best of {document['rounds']} alternating rounds.",
+            f"Output tokens per second (total: prompt and output), best of {document['rounds']} alternating rounds."
+            " Ratios are to shardwright with weights of as many bits; the bound is that of unquantized ones.",
             "",
-            *table(header, rows),
-            "",
-            *table(["start and memory", *(NAMES[e] for e in engines)], starts),
+            *((*table(header, rows), "") if rows else ()),
+            *table(["start and memory", *map(title, engines)], starts),
         ]
     )
+
+
+def title(engine: str) -> str:
+    """An engine as people call it."""
+    return NAMES.get(engine, engine)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

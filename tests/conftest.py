@@ -49,6 +49,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes benchmarks measure the machine in milliseconds, and badly."""
+    from shardwright.bench import machine
+
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "GEMM_SHAPE", (64, 64, 64))
+    monkeypatch.setattr(machine, "SECONDS_PER_MEASUREMENT", 0.0)
+
+
 def build_tokenizer():  # type: ignore[no-untyped-def]  # a Transformers class, imported only here
     """One token per ASCII letter, newline, tab, and UTF-8 byte of some accented letters; ids 0 to 3 are special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

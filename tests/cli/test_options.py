@@ -33,6 +33,7 @@ PROMISED = {
     "inspect": "--depth --params --json --trust-remote-code",
     "bench decode": "--json --repeat --dtype --kv-cache-memory-bytes",
     "bench prefill": "--json --repeat --dtype",
+    "bench serve": "--json --rate --num-requests --prompt-tokens --output-tokens --seed --url --api-key --dtype",
     "bench start": "--json --repeat --dtype",
     "bench all": "--json --repeat --dtype",
 }

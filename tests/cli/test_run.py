@@ -10,8 +10,6 @@ import pytest
 from tests.pooling.models import bert_config, save
 from transformers import BertModel
 
-from shardwright.bench import machine
-
 if TYPE_CHECKING:
     from tests.cli.conftest import Result
 
@@ -122,14 +120,6 @@ def test_requests_that_cannot_run_are_exit_code_2(run: Shardwright, arguments: l
     assert (result.code, result.stdout) == (2, "")
     assert says in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
-
-
-@pytest.fixture
-def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the machine in no time, and badly."""
-    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(machine, "GEMM_SHAPE", (64, 64, 64))
-    monkeypatch.setattr(machine, "SECONDS_PER_MEASUREMENT", 0.0)
 
 
 @pytest.mark.parametrize("arguments", [("a",), ("--chat", "a"), ("--json", "--prompt-token-ids", "1,2")])

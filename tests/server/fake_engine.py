@@ -36,6 +36,7 @@ KNOWN: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
     "num_parameters": 26,
+    "weight_bytes": 104,
     "vocab_size": 128,
     "max_model_len": MAX_MODEL_LEN,
     "num_blocks": 32,

@@ -32,24 +32,38 @@ class Weights:
     @classmethod
     def of_engine(cls, info: EngineInfo) -> Weights:
         """The weights of the model that an engine serves."""
-        looked_up = lookup_parameters(info)
-        bytes_each = info.weight_bytes / info.num_parameters
+        return cls.of_model(
+            info.path,
+            num_parameters=info.num_parameters,
+            weight_bytes=info.weight_bytes,
+            vocab_size=info.vocab_size,
+        )
+
+    @classmethod
+    def of_model(cls, path: str, *, num_parameters: int, weight_bytes: int, vocab_size: int) -> Weights:
+        """The same from numbers.
+
+        Args:
+            path: the model's directory, empty for code that has none.
+            num_parameters, weight_bytes: of the whole model.
+        """
+        looked_up = lookup_parameters(path, vocab_size)
         return cls(
-            num_parameters=info.num_parameters - looked_up,
-            num_bytes=info.weight_bytes - round(looked_up * bytes_each),
+            num_parameters=num_parameters - looked_up,
+            num_bytes=weight_bytes - round(looked_up * weight_bytes / num_parameters),
         )
 
 
-def lookup_parameters(info: EngineInfo) -> int:
+def lookup_parameters(path: str, vocab_size: int) -> int:
     """Parameters of the input embedding, or 0 where the head shares them and so multiplies by them."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(info.path).get_text_config()
+        config = AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError):  # a model with code of its own: count everything
         return 0
     tied = getattr(config, "tie_word_embeddings", True)
-    return 0 if tied else info.vocab_size * getattr(config, "hidden_size", 0)
+    return 0 if tied else vocab_size * getattr(config, "hidden_size", 0)
 
 
 def step_seconds(num_tokens: int, weights: Weights, machine: Machine) -> float:

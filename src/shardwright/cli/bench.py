@@ -1,34 +1,36 @@
-"""`shardwright bench`: the standard workloads, each beside what the machine could do at best."""
+"""`shardwright bench`: the standard workloads, each beside what the machine could do at best.
+
+`bench serve` has a file of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
 from shardwright.bench import workloads
+from shardwright.cli import bench_serve
+from shardwright.cli.bench_output import latencies, measure_device, print_machine
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import announce, only_results_on_stdout, print_json, print_text, remark, stdout, working
 from shardwright.errors import UsageError
 
-if TYPE_CHECKING:
-    from shardwright.bench.machine import Machine
-
 EXAMPLES = examples(
     "shardwright bench decode smollm2-135m",
     "shardwright bench prefill ./my-model --dtype bfloat16 --repeat 3",
+    "shardwright bench serve smollm2-135m --rate 1 --rate 4",
     "shardwright bench all smollm2-135m --json > bench.json",
 )
-
-MANY_S = 10
 
 Repeat = Annotated[int, typer.Option(min=1, help="Runs of each measurement; the fastest counts.")]
 
 app = typer.Typer(rich_markup_mode=None)
+bench_serve.register(app)
 
 
 def register(root: typer.Typer) -> None:
@@ -93,16 +95,6 @@ def measure(
     return document
 
 
-def measure_device(device: str) -> Machine:
-    """The rates of the machine, on the device that an engine would take."""
-    import torch
-
-    from shardwright.bench.machine import measure_machine
-
-    with working("measuring the machine"):
-        return measure_machine(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
 def measure_workloads(
     model: str, engine: dict[str, Any], chosen: list[workloads.Workload], *, repeat: int
 ) -> dict[str, Any]:
@@ -142,14 +134,7 @@ def show(document: dict[str, Any], *, json: bool) -> None:
         print_json(document)
         return
     console = stdout()
-    machine = document["machine"]
-    console.print(
-        f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads: reads"
-        f" {machine['read_gb_per_s']:.1f} GB/s, multiplies {machine['gemm_gflop_per_s']:.0f} GFLOP/s"
-        f" ({machine['gemm_dtype']})",
-        markup=False,
-        soft_wrap=True,
-    )
+    print_machine(document["machine"])
     if document["workloads"]:
         console.print(workload_table(document))
     if started := document.get("start"):
@@ -184,10 +169,3 @@ def workload_table(document: dict[str, Any]) -> Table:
             latencies(row["itl_s"]),
         )
     return table
-
-
-def latencies(seconds: dict[str, float] | None) -> str:
-    """Percentiles for the table: milliseconds, or seconds where those are many."""
-    if seconds is None:
-        return "-"
-    return "/".join(f"{value * 1000:.0f}" if value < MANY_S else f"{value:.0f}s" for value in seconds.values())

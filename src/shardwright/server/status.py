@@ -31,6 +31,8 @@ class Status(msgspec.Struct, kw_only=True):
     dtype: str
     device: str
     num_parameters: int
+    weight_bytes: int
+    vocab_size: int
     max_model_len: int
     task: str
     """generate, embed or classify."""
@@ -87,6 +89,8 @@ def current_status(context: ServerContext) -> Status:
         dtype=info.dtype,
         device=info.device,
         num_parameters=info.num_parameters,
+        weight_bytes=info.weight_bytes,
+        vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
         task=info.task,
         has_chat=context.has_chat,
