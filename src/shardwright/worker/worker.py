@@ -68,6 +68,10 @@ class Worker:
         module = part.module.to(self._device)
         loaded = time.perf_counter()
         self._model = model = adapt(module, blueprint, config, self._device, agree=part.agree)
+        self._draft: Draft | None = None
+        if config.speculative.method == "draft" and placement.samples and model.can_rewind:
+            self._draft = load_draft(config, blueprint, self._device)
+        cached: list[StepModel] = [model] if self._draft is None else [model, self._draft.model]
         if self._device.type == "cuda":  # its peak memory is read off afterwards
             sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
             run_largest_step(
@@ -76,10 +80,6 @@ class Worker:
                 max_model_len=blueprint.max_model_len,
                 block_size=config.cache.block_size,
             )
-        self._draft: Draft | None = None
-        if config.speculative.method == "draft" and placement.samples and model.can_rewind:
-            self._draft = load_draft(config, blueprint, self._device)
-        cached: list[StepModel] = [model] if self._draft is None else [model, self._draft.model]
         gather_logits_once(module)  # they were needed by every rank's check, and are by the one that samples
         self._vocab_size = blueprint.vocab_size
         self._runner: ModelRunner | None = None
