@@ -96,11 +96,11 @@ class Program:
             self._offsets, size = self._placed(uses, most_tokens, most_rows)
         self._most_tokens, self._most_rows = most_tokens, most_rows
         self._arena = torch.zeros(size, dtype=torch.uint8)
-        start = self._arena.data_ptr()
+        self._start = self._arena.data_ptr()
         addresses = [
             recording.constants[number].untyped_storage().data_ptr()
             if number in recording.constants
-            else start + self._offsets.get(number, 0)
+            else self._start + self._offsets.get(number, 0)
             for number in range(len(recording.storage_bytes))
         ]
         self._base, self._slope = encode(instructions, addresses)
@@ -138,8 +138,8 @@ class Program:
         num_tokens, num_rows = len(inputs.input_ids), len(inputs.logits_rows)
         for name, number in self._recording.inputs.items():
             if number in self._offsets:
-                value: Tensor = getattr(inputs, name)
-                self._bytes(number, value.nbytes).view(value.dtype).copy_(value)
+                value: Tensor = getattr(inputs, name).contiguous()
+                ctypes.memmove(self._start + self._offsets[number], value.data_ptr(), value.nbytes)
         for group, (slots, plan) in enumerate(zip(inputs.slot_mappings, inputs.plans, strict=True)):
             if group < len(self._groups):
                 assert isinstance(plan, NativePlan)

@@ -92,41 +92,50 @@ inline void store_row(const float* from, int64_t count, char* data, int64_t type
 }
 
 template <typename F>
-inline void each(int64_t count, float* a, F f) {
-    for (int64_t i = 0; i < count; ++i) a[i] = f(a[i]);
+inline void each(int64_t count, float* out, const float* a, F f) {
+#pragma GCC ivdep  // inputs may be the output, but do not lie across it
+    for (int64_t i = 0; i < count; ++i) out[i] = f(a[i]);
 }
 
-// a becomes the result of an operation on a, b and c.
-void compute_row(int64_t operation, int64_t count, float* a, const float* b, const float* c) {
+template <typename F>
+inline void each(int64_t count, float* out, const float* a, const float* b, F f) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) out[i] = f(a[i], b[i]);
+}
+
+// out = the result of an operation on a, b and c, each of which may be out.
+void compute_row(int64_t operation, int64_t count, float* out, const float* a, const float* b, const float* c) {
     switch (operation) {
-        case COPY: break;
-        case NEG: each(count, a, [](float x) { return -x; }); break;
-        case ABS: each(count, a, [](float x) { return std::fabs(x); }); break;
-        case EXP: each(count, a, [](float x) { return exponential(x); }); break;
-        case LOG: each(count, a, [](float x) { return std::log(x); }); break;
-        case SQRT: each(count, a, [](float x) { return std::sqrt(x); }); break;
-        case RSQRT: each(count, a, [](float x) { return 1.0f / std::sqrt(x); }); break;
-        case RECIPROCAL: each(count, a, [](float x) { return 1.0f / x; }); break;
-        case SIN: each(count, a, [](float x) { return std::sin(x); }); break;
-        case COS: each(count, a, [](float x) { return std::cos(x); }); break;
-        case TANH: each(count, a, [](float x) { return std::tanh(x); }); break;
-        case SIGMOID: each(count, a, [](float x) { return 1.0f / (1.0f + exponential(-x)); }); break;
-        case SILU: each(count, a, [](float x) { return x / (1.0f + exponential(-x)); }); break;
-        case GELU: each(count, a, [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }); break;
-        case GELU_TANH:
-            each(count, a, [](float x) { return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); });
+        case COPY:
+            if (out != a) std::memmove(out, a, count * sizeof(float));
             break;
-        case RELU: each(count, a, [](float x) { return x < 0.0f ? 0.0f : x; }); break;
-        case ERF: each(count, a, [](float x) { return std::erf(x); }); break;
-        case SQUARE: each(count, a, [](float x) { return x * x; }); break;
-        case ADD: for (int64_t i = 0; i < count; ++i) a[i] = a[i] + b[i]; break;
-        case SUB: for (int64_t i = 0; i < count; ++i) a[i] = a[i] - b[i]; break;
-        case MUL: for (int64_t i = 0; i < count; ++i) a[i] = a[i] * b[i]; break;
-        case DIV: for (int64_t i = 0; i < count; ++i) a[i] = a[i] / b[i]; break;
-        case MAXIMUM: for (int64_t i = 0; i < count; ++i) a[i] = a[i] > b[i] || a[i] != a[i] ? a[i] : b[i]; break;
-        case MINIMUM: for (int64_t i = 0; i < count; ++i) a[i] = a[i] < b[i] || a[i] != a[i] ? a[i] : b[i]; break;
-        case POW: for (int64_t i = 0; i < count; ++i) a[i] = std::pow(a[i], b[i]); break;
-        case WHERE: for (int64_t i = 0; i < count; ++i) a[i] = a[i] != 0.0f ? b[i] : c[i]; break;
+        case NEG: each(count, out, a, [](float x) { return -x; }); break;
+        case ABS: each(count, out, a, [](float x) { return std::fabs(x); }); break;
+        case EXP: each(count, out, a, [](float x) { return exponential(x); }); break;
+        case LOG: each(count, out, a, [](float x) { return std::log(x); }); break;
+        case SQRT: each(count, out, a, [](float x) { return std::sqrt(x); }); break;
+        case RSQRT: each(count, out, a, [](float x) { return 1.0f / std::sqrt(x); }); break;
+        case RECIPROCAL: each(count, out, a, [](float x) { return 1.0f / x; }); break;
+        case SIN: each(count, out, a, [](float x) { return std::sin(x); }); break;
+        case COS: each(count, out, a, [](float x) { return std::cos(x); }); break;
+        case TANH: each(count, out, a, [](float x) { return std::tanh(x); }); break;
+        case SIGMOID: each(count, out, a, [](float x) { return 1.0f / (1.0f + exponential(-x)); }); break;
+        case SILU: each(count, out, a, [](float x) { return x / (1.0f + exponential(-x)); }); break;
+        case GELU: each(count, out, a, [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }); break;
+        case GELU_TANH:
+            each(count, out, a, [](float x) { return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); });
+            break;
+        case RELU: each(count, out, a, [](float x) { return x < 0.0f ? 0.0f : x; }); break;
+        case ERF: each(count, out, a, [](float x) { return std::erf(x); }); break;
+        case SQUARE: each(count, out, a, [](float x) { return x * x; }); break;
+        case ADD: each(count, out, a, b, [](float x, float y) { return x + y; }); break;
+        case SUB: each(count, out, a, b, [](float x, float y) { return x - y; }); break;
+        case MUL: each(count, out, a, b, [](float x, float y) { return x * y; }); break;
+        case DIV: each(count, out, a, b, [](float x, float y) { return x / y; }); break;
+        case MAXIMUM: each(count, out, a, b, [](float x, float y) { return x > y || x != x ? x : y; }); break;
+        case MINIMUM: each(count, out, a, b, [](float x, float y) { return x < y || x != x ? x : y; }); break;
+        case POW: each(count, out, a, b, [](float x, float y) { return std::pow(x, y); }); break;
+        case WHERE: for (int64_t i = 0; i < count; ++i) out[i] = a[i] != 0.0f ? b[i] : c[i]; break;
         default: std::abort();
     }
 }
@@ -182,7 +191,7 @@ void elementwise(int64_t operation, const View* tensors, int inputs) {
             offset[v] = offset_of(task / chunks, views[0].size, views[v].stride, dims - 1) + start * views[v].stride[dims - 1];
         for (int v = 1; v <= inputs; ++v)
             load_row(views[v].data + offset[v] * bytes(views[v].type), views[v].type, views[v].stride[dims - 1], count, row[v - 1]);
-        compute_row(operation, count, row[0], row[1], row[2]);
+        compute_row(operation, count, row[0], row[0], row[1], row[2]);
         store_row(row[0], count, views[0].data + offset[0] * bytes(views[0].type), views[0].type, views[0].stride[dims - 1]);
     });
 }
@@ -281,33 +290,36 @@ void run_rows(const Instruction* run) {
         for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
     share(rows, rows * longest * count >= WORTH_THREADS, [&](int64_t row) {
         thread_local std::vector<float> scratch;
-        scratch.resize(kept + 2 * longest);
-        float *own = scratch.data(), *extra[2] = {own + kept, own + kept + longest};
+        scratch.resize(kept + 3 * longest);
+        float* const own = scratch.data();
         for (int64_t i = 0; i < count; ++i) {
             const Instruction& in = run[i];
             const View& out = in.tensor[0];
             const bool reduces = in.operation >= SUM;
-            const int64_t length = in.tensor[1].size[dims];
+            const int64_t length = in.tensor[1].size[dims], made = reduces ? 1 : length;
             const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
-            float* result = own + in.value[0];
-            float* first = reduces ? extra[0] : result;  // where the first input goes, and the result replaces it
-            for (int v = inputs; v >= 1; --v) {  // the first is the last to be read: the result may lie where others do
-                const View& view = in.tensor[v];
-                const int64_t step = view.stride[dims];
-                float* to = v == 1 ? first : extra[v - 2];
-                if (in.value[v] < 0) {
-                    const int64_t offset = offset_of(row, run->tensor[0].size, view.stride, dims);
-                    load_row(view.data + offset * bytes(view.type), view.type, step, length, to);
-                } else if (const float* from = own + in.value[v]; step == 0) {
-                    std::fill(to, to + length, *from);
-                } else if (from != to) {
-                    std::memmove(to, from, length * sizeof(float));
+            float* const result = own + in.value[0];
+            const float* input[3] = {nullptr, nullptr, nullptr};
+            for (int v = 0; v < inputs; ++v) {
+                const View& view = in.tensor[v + 1];
+                const int64_t step = view.stride[dims], place = in.value[v + 1];
+                float* const copied = own + kept + v * longest;
+                input[v] = copied;
+                if (place < 0) {
+                    const char* data = view.data + offset_of(row, run->tensor[0].size, view.stride, dims) * bytes(view.type);
+                    if (view.type == F32 && step == 1) input[v] = reinterpret_cast<const float*>(data);
+                    else load_row(data, view.type, step, length, copied);
+                } else if (step == 0) {
+                    std::fill(copied, copied + length, own[place]);
+                } else if (place != in.value[0] && place < in.value[0] + made && in.value[0] < place + length) {
+                    std::memcpy(copied, own + place, length * sizeof(float));  // the result lies across it
+                } else {
+                    input[v] = own + place;
                 }
             }
-            if (in.operation == AMAX) *result = largest_of(first, length);
-            else if (reduces) *result = sum_of(first, length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
-            else compute_row(in.operation, length, result, extra[0], extra[1]);
-            const int64_t made = reduces ? 1 : length;
+            if (in.operation == AMAX) *result = largest_of(input[0], length);
+            else if (reduces) *result = sum_of(input[0], length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
+            else compute_row(in.operation, length, result, input[0], input[1], input[2]);
             round_row(result, made, out.type);
             if (in.value[MOST_TENSORS]) {
                 const int64_t offset = offset_of(row, run->tensor[0].size, out.stride, dims);
