@@ -11,6 +11,8 @@ import pytest
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each writes the modeling code that it loads
     os.environ["HF_MODULES_CACHE"] = str(Path(tempfile.gettempdir()) / f"shardwright-tests-{os.getuid()}-{worker}")
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels are tested without a GPU
+
 VOCAB_SIZE = 128
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
 CHAT_TEMPLATE = (

@@ -25,6 +25,7 @@ Policy = Literal["fcfs", "priority"]
 Task = Literal["auto", "generate", "embed", "classify"]
 PoolingType = Literal["auto", "mean", "cls", "last"]
 ExecutorBackend = Literal["auto", "inline", "mp", "ray"]
+AttentionBackendName = Literal["auto", "native", "triton", "torch"]
 SpeculativeMethod = Literal["none", "ngram", "draft"]
 
 CPU_STEP_TOKENS = 8
@@ -98,8 +99,19 @@ class ModelConfig:
         None, "Most tokens of prompt and output together; default: what the model's config allows."
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto: a GPU if there is one.")
+    attention_backend: AttentionBackendName = option(
+        "auto",
+        "What computes attention: native (kernels for CPUs), triton (for GPUs), torch (its own operators); auto: what "
+        "suits the device.",
+    )
     enforce_eager: bool = option(
-        False, "Run the model's own code in every step, instead of recording decode steps and repeating them natively."
+        False,
+        "Run the model's own code in every step, instead of recording steps and repeating them (natively on a CPU, as "
+        "graphs on a GPU).",
+    )
+    compile_layers: bool = option(
+        False,
+        "Compile a decoder layer with torch.compile, for all to use: fewer kernels in a step, for a longer start.",
     )
     seed: int = option(0, "Seed of sampling for requests that give none.")
     self_check: bool = option(
@@ -116,6 +128,7 @@ class ModelConfig:
         check_choice(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
         check_choice(self, "load_format", ("auto", "safetensors", "pt", "dummy"))
         check_choice(self, "device", ("auto", "cpu", "cuda"))
+        check_choice(self, "attention_backend", ("auto", "native", "triton", "torch"))
         check_choice(self, "quantization", ("none", "int8", "int4"))
         check_positive(self, "max_model_len", "quantization_group_size")
 

@@ -11,7 +11,7 @@ from tests.attention.steps import random_bias
 from shardwright.attention.batched import BatchedBackend
 from shardwright.attention.kv_cache import KVCache
 from shardwright.attention.layout import AttentionParams, StepLayout
-from shardwright.attention.native import NativeBackend, make_backend
+from shardwright.attention.native import NativeBackend
 from shardwright.attention.reference import ReferenceBackend
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind, group_layers
 from shardwright.kernels.attention import is_available
@@ -23,14 +23,6 @@ VISIBILITIES = [Visibility(), Visibility(VisibilityKind.SLIDING, 5), Visibility(
 def test_the_kernel_compiles_here() -> None:
     assert is_available(torch.float32)
     assert is_available(torch.bfloat16)
-    assert isinstance(
-        make_backend(block_size=4, device=CPU, dtype=torch.float32, compute_dtype=torch.float32), NativeBackend
-    )
-
-
-def test_types_that_the_kernel_does_not_take_are_left_to_torch() -> None:
-    backend = make_backend(block_size=4, device=CPU, dtype=torch.float16, compute_dtype=torch.float32)
-    assert isinstance(backend, BatchedBackend)
 
 
 @settings(max_examples=60, deadline=None)

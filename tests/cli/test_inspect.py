@@ -22,6 +22,7 @@ def test_inspect_says_what_serving_would_do(shardwright: Shardwright, tiny_llama
     assert document["architecture"] == "LlamaForCausalLM"
     assert document["num_layers"] == 2
     assert document["attention"]["rung"] == "interface"
+    assert document["attention"]["backend"] == "native"
     [group] = document["cache_groups"]
     assert (group["kind"], group["layers"]) == ("full", [0, 1])
     assert group["bytes_per_token"] == 2 * 2 * (16 + 16) * 4
@@ -40,7 +41,7 @@ def test_inspect_draws_the_tree(shardwright: Shardwright, tiny_llama: Path) -> N
     text = shardwright("inspect", str(tiny_llama), "--params").stdout
     assert "0-1 (2 alike): LlamaDecoderLayer" in text
     assert "paged attention, full" in text
-    assert "attention: interface: " in text
+    assert "attention: interface by native kernels: " in text
 
 
 def test_inspect_shows_which_entry_covers_what(shardwright: Shardwright, tiny_llama: Path, tmp_path: Path) -> None:

@@ -107,3 +107,8 @@ def register() -> None:
     AttentionInterface.register(SERVE, _attention)
     AttentionInterface.register(PROBE, _attention)
     AttentionMaskInterface.register(PROBE, _mask)
+
+
+def keep_from_compiler() -> None:
+    """Leave attention out of layers that are compiled."""
+    AttentionInterface.register(SERVE, torch.compiler.disable(_attention))

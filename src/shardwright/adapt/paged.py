@@ -65,9 +65,9 @@ class PagedStep:
         layer, group = self.cache.layers[index], self.cache.group_of_layer[index]
         slots, plan = self.inputs.slot_mappings[group], self.inputs.plans[group]
         if latent is None:
-            layer.write(slots, key_TKD, value_TKV)
+            self.backend.write(layer, slots, key_TKD, value_TKV)
             return self.backend.forward(query_THD, key_TKD, value_TKV, layer, plan, params)
         latent_TR, projection = latent
         rows_T1C = projection.rows(latent_TR, key_TKD)[:, None]
-        layer.write(slots, rows_T1C, rows_T1C[..., : projection.latent_dim])
+        self.backend.write(layer, slots, rows_T1C, rows_T1C[..., : projection.latent_dim])
         return self.backend.forward_latent(query_THD, key_TKD, value_TKV, layer, plan, params, projection)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwright.attention.arrays import on_device
 from shardwright.attention.kv_cache import LayerCache
 from shardwright.attention.latent import LatentProjection
 from shardwright.attention.layout import AttentionParams, StepLayout
@@ -90,6 +91,9 @@ class BatchedBackend:
     ) -> BatchedPlan:
         """As `prepare`, for some of the sequences, all taken as prompts; `forward` leaves other tokens undefined."""
         return BatchedPlan([], [self._prompt(layout, i, block_tables, visibility) for i in sequences.tolist()])
+
+    def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        cache.write(slot_mapping, key_TKD, value_TKV)
 
     def forward(
         self,
@@ -190,7 +194,7 @@ class BatchedBackend:
             mask = (places >= first_visible[chosen, None]) & (places <= positions[chosen, None])
             tokens = layout.query_starts[:-1][sequences[chosen]]
             own = positions[chosen] - places[:, 0]
-            pieces.append(DecodePiece(*(self._tensor(array) for array in (tokens, blocks.ravel(), mask, own))))
+            pieces.append(DecodePiece(*on_device((tokens, blocks.ravel(), mask, own), self.device)))
             start = end
         return pieces
 
@@ -213,7 +217,7 @@ class BatchedBackend:
         return PromptPiece(first, last, self._tensor(blocks.astype(np.int64)), context - origin, self._tensor(mask))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return on_device([array], self.device)[0]
 
 
 def _decode_attention(

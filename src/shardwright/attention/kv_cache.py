@@ -85,6 +85,7 @@ class KVCache:
                 values = _heads(lanes[lane][1], layer.num_kv_heads, layer.value_dim)
             self.layers.append(LayerCache(keys, values, block_size, layer.values_in_keys))
             self.group_of_layer.append(group)
+        self.num_blocks = num_blocks
         self._lanes = lanes
         self._block_size = block_size
 

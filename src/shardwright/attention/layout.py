@@ -8,7 +8,7 @@ latent, C what is cached of a token that has one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -65,6 +65,10 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        """Store a step's keys and values in a layer's cache; as LayerCache.write."""
+        ...
+
     def forward(
         self,
         query_THD: Tensor,
@@ -106,5 +110,32 @@ class AttentionBackend(Protocol):
             projection: makes keys and values of latents.
 
         Returns: [T, H, V], dtype of the query.
+        """
+        ...
+
+
+@runtime_checkable
+class CapturableBackend(AttentionBackend, Protocol):
+    """One whose decodes depend on tensors alone, so that they can be captured and repeated."""
+
+    def prepare_decodes(
+        self,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        num_computed: Tensor,
+        sequences: Tensor,
+        visibility: Visibility,
+        *,
+        longest: int,
+    ) -> Any:
+        """A plan for steps of one token per sequence, whose tensors are filled anew for each step.
+
+        Args:
+            block_tables: [S, max blocks] int32.
+            query_starts: [S + 1] int32, 0 to S.
+            num_computed: [S] int32.
+            sequences: [S] int32, 0 to S - 1.
+            visibility: of the group's layers.
+            longest: most tokens that a context will ever have.
         """
         ...

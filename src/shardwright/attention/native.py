@@ -13,9 +13,9 @@ from torch import Tensor
 from shardwright.attention.batched import BatchedBackend, BatchedPlan
 from shardwright.attention.kv_cache import LayerCache
 from shardwright.attention.latent import LatentProjection
-from shardwright.attention.layout import AttentionBackend, AttentionParams, StepLayout
+from shardwright.attention.layout import AttentionParams, StepLayout
 from shardwright.cache.spec import Visibility
-from shardwright.kernels.attention import is_available, paged_attention
+from shardwright.kernels.attention import paged_attention
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class NativeBackend:
             latents=LatentPlan(self._batched, layout, block_tables, visibility),
         )
 
+    def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        cache.write(slot_mapping, key_TKD, value_TKV)
+
     def forward(
         self,
         query_THD: Tensor,
@@ -145,18 +148,3 @@ class NativeBackend:
             sinks_H=params.sinks_H,
             bias_HN=params.bias_HN,
         )
-
-
-def make_backend(
-    *, block_size: int, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype
-) -> AttentionBackend:
-    """The best back end here.
-
-    Args:
-        block_size: tokens per block.
-        device: of model and cache.
-        dtype: of queries, keys and values.
-        compute_dtype: of products in torch; float32 where the device is slow at `dtype`.
-    """
-    batched = BatchedBackend(block_size=block_size, device=device, compute_dtype=compute_dtype)
-    return NativeBackend(batched) if device.type == "cpu" and is_available(dtype) else batched

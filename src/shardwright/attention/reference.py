@@ -32,6 +32,9 @@ class ReferenceBackend:
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> ReferencePlan:
         return ReferencePlan(layout, block_tables, visibility)
 
+    def write(self, cache: LayerCache, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        cache.write(slot_mapping, key_TKD, value_TKV)
+
     def forward(
         self,
         query_THD: Tensor,

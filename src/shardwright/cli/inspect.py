@@ -12,7 +12,7 @@ from rich.text import Text
 from shardwright.cli.help import Command, examples
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import announce, only_results_on_stdout, print_json, stdout
-from shardwright.config import EngineConfig
+from shardwright.config import EngineConfig, ModelConfig
 from shardwright.errors import UnsupportedModelError
 from shardwright.garbage import start_of_process
 
@@ -110,7 +110,7 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]
         "plan": {"tp": plan.tp_source, "pp": plan.pp_source},
     }
     if task == "generate":
-        report |= describe_serving(blueprint, num_parameters=tree.num_parameters)
+        report |= describe_serving(blueprint, config.model, num_parameters=tree.num_parameters)
     else:
         how = {"rung": "none", "reason": "texts are read whole, without a cache"}
         report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": [], "kept": []}
@@ -133,8 +133,10 @@ def describe_quantization(module: nn.Module, format: WeightFormat) -> tuple[dict
     return summary, [{"module": name, "what": "linear", "by": str(format)} for name in names]
 
 
-def describe_serving(blueprint: Blueprint, *, num_parameters: int) -> dict[str, Any]:
+def describe_serving(blueprint: Blueprint, config: ModelConfig, *, num_parameters: int) -> dict[str, Any]:
     """How the attention of a model that generates would be captured, and what its cache needs."""
+    from shardwright.worker.worker import attention_kernels, resolve_device
+
     try:
         served, loops = blueprint.capture(num_parameters=num_parameters)
     except UnsupportedModelError as error:
@@ -145,6 +147,9 @@ def describe_serving(blueprint: Blueprint, *, num_parameters: int) -> dict[str, 
         *state_groups(served, blueprint.config),
     ]
     described = describe_attention(served)
+    described["attention"]["backend"] = attention_kernels(
+        served.layers, config, resolve_device(config.device), blueprint.dtype
+    )
     described["replaced"] += [
         {"module": loop.name, "what": "experts", "by": f"{loop.num_experts} experts at once"}
         for loop in loops
@@ -260,7 +265,8 @@ def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int |
             soft_wrap=True,
         )
     rung = attention["rung"] or "none, the model cannot be served yet"
-    console.print(f"attention: {rung}: {attention['reason']}", markup=False, soft_wrap=True)
+    kernels = f" by {attention['backend']} kernels" if attention.get("backend") else ""
+    console.print(f"attention: {rung}{kernels}: {attention['reason']}", markup=False, soft_wrap=True)
     for reason in dict.fromkeys(entry["reason"] for entry in report["kept"]):
         names = ", ".join(entry["module"] for entry in report["kept"] if entry["reason"] == reason)
         console.print(f"experts: {names} as written: {reason}", markup=False, soft_wrap=True)

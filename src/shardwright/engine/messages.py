@@ -162,6 +162,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     attention_rung: str
     attention_reason: str
+    attention_backend: str = ""
+    """What computes the attention that is ours; empty: there is none."""
     takes_chunks: bool = True
     """Whether prompts may be computed in pieces."""
     reuses_prefixes: bool = True

@@ -76,6 +76,9 @@ def merge(config: EngineConfig, reports: Sequence[WorkerReport]) -> Merged:
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         attention_rung=", ".join(dict.fromkeys(report.attention_rung for report in reports)),
         attention_reason=stages[-1].attention_reason,
+        attention_backend=", ".join(
+            dict.fromkeys(report.attention_backend for report in reports if report.attention_backend)
+        ),
         takes_chunks=all(report.takes_chunks for report in reports),
         reuses_prefixes=all(report.reuses_prefixes for report in reports),
         can_rewind=all(report.can_rewind for report in reports),
@@ -110,7 +113,7 @@ def check_same_model(reports: Sequence[WorkerReport]) -> None:
 def log_start(info: EngineInfo, config: EngineConfig, *, load_s: float, ready_s: float) -> None:
     """Tell once what is served and how."""
     logger.info(
-        "%s: %s, %.1f M parameters in %s on %s%s, attention %s; weights %s, KV cache %.2f GiB for %s tokens; "
+        "%s: %s, %.1f M parameters in %s on %s%s, attention %s%s; weights %s, KV cache %.2f GiB for %s tokens; "
         "loaded in %.1f s, ready in %.1f s",
         info.model,
         info.architecture,
@@ -119,6 +122,7 @@ def log_start(info: EngineInfo, config: EngineConfig, *, load_s: float, ready_s:
         info.device,
         _ranks(config),
         info.attention_rung,
+        f" by {info.attention_backend} kernels" if info.attention_backend else "",
         " + ".join(f"{size / 2**30:.2f}" for size in info.rank_weight_bytes) + " GiB",
         info.kv_cache_bytes / 2**30,
         f"{info.num_blocks * info.block_size:,}",

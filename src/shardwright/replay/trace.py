@@ -194,6 +194,9 @@ class TracedBackend:
         with self._mode.muted():
             return self._backend.prepare(layout, block_tables, visibility)
 
+    def write(self, cache: _TracedLayer, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
+        cache.write(slot_mapping, key_TKD, value_TKV)
+
     def forward(
         self,
         query_THD: Tensor,

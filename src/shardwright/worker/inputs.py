@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shardwright.adapt.paged import ForwardInputs
+from shardwright.attention.arrays import on_device
 from shardwright.attention.layout import AttentionBackend, StepLayout
 from shardwright.cache.spec import CacheGroup
 from shardwright.worker.step import StepTables
@@ -31,20 +31,23 @@ def build_inputs(
     block_tables = [table[step.rows] for table in step.block_tables]
     place, offset = np.divmod(positions, backend.block_size)
 
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(device, non_blocking=True)
-
-    return ForwardInputs(
-        input_ids=tensor(step.token_rows[row_of_token, positions]),
-        position_ids=tensor(positions),
-        slot_mappings=[
-            tensor(table[row_of_token, place].astype(np.int64) * backend.block_size + offset)
-            for table in step.block_tables
+    input_ids, position_ids, logits_rows, *slot_mappings = on_device(
+        [
+            step.token_rows[row_of_token, positions].astype(np.int64),
+            positions,
+            step.logits_rows.astype(np.int64, copy=False),
+            *(table[row_of_token, place].astype(np.int64) * backend.block_size + offset for table in step.block_tables),
         ],
+        device,
+    )
+    return ForwardInputs(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        slot_mappings=slot_mappings,
         plans=[
             backend.prepare(layout, table, group.visibility) for table, group in zip(block_tables, groups, strict=True)
         ],
-        logits_rows=tensor(step.logits_rows),
+        logits_rows=logits_rows,
         layout=layout,
         block_tables=block_tables,
     )

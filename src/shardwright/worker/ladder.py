@@ -15,7 +15,7 @@ from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.remembered import Remembered
 from shardwright.adapt.rungs import AttentionRung
-from shardwright.attention.native import make_backend
+from shardwright.attention.choice import choose_backend, make_backend
 from shardwright.config import ParallelConfig
 from shardwright.errors import EngineError, ShardwrightError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
@@ -42,6 +42,7 @@ def climb(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     device: torch.device,
+    attention_backend: str = "auto",
     parallel: ParallelConfig | None = None,
     self_check: bool = True,
     loops: ExpertLoops | None = None,
@@ -59,6 +60,7 @@ def climb(
         dtype: of weights, keys and values.
         compute_dtype: of attention's products.
         device: of the module.
+        attention_backend: what computes attention, as `choose_backend` has it.
         parallel: how many ranks share the model; None: this one has it alone.
         self_check: whether a rung has to give the module's own logits; if not, it is enough that it can be built.
         loops: over experts in the module, which run all at once from here on where that is the same; None: it has none.
@@ -80,7 +82,12 @@ def climb(
     if unpacked is None:
         rungs[:0] = batched_rungs(
             module,
-            make_backend(block_size=block_size, device=device, dtype=dtype, compute_dtype=compute_dtype),
+            make_backend(
+                choose_backend(attention_backend, device=device, dtype=dtype),
+                block_size=block_size,
+                device=device,
+                compute_dtype=compute_dtype,
+            ),
             num_positions=num_positions,
             vocab_size=vocab_size,
             dtype=dtype,

@@ -16,13 +16,14 @@ from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
-from shardwright.attention.layout import AttentionBackend
+from shardwright.attention.layout import AttentionBackend, CapturableBackend
 from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import bytes_per_block
 from shardwright.errors import UnsupportedModelError
 from shardwright.foreign_errors import described
 from shardwright.replay.program import OutOfRangeError, Program
 from shardwright.replay.record import Recorder, record
+from shardwright.worker.graphs import DecodeGraphs, Shape, capture_on
 from shardwright.worker.inputs import build_inputs
 from shardwright.worker.per_request import RecomputingModel
 from shardwright.worker.special_ids import without_special_ids
@@ -72,6 +73,7 @@ class PackedModel:
         self._cache: KVCache | None = None
         self._recomputing: RecomputingModel | None = None
         self._program: Program | None = None
+        self._graphs: DecodeGraphs | None = None
         self._has_latents = any(spec.values_in_keys for spec in self.layers)
         self.batches_own = isinstance(served, ServedModel) and served.own is not None and served.own.together
         """Whether decodes of several lengths are given as a batch to code that attends by itself."""
@@ -93,7 +95,7 @@ class PackedModel:
             dtype=self._dtype,
             device=self._device,
         )
-
+        self._graphs = None  # they write to the cache that was
         if self._program is not None:
             self._program.bind(self._cache)
 
@@ -108,7 +110,7 @@ class PackedModel:
         Returns: why that cannot be; None if it can.
         """
         if not isinstance(self._backend, NativeBackend):
-            return f"there are no native kernels for {self._device} and {self._dtype}"
+            return "steps are recorded for native kernels, and others compute its attention"
         if isinstance(self.served, ServedModel) and self.served.own is not None:
             return self.served.own.describe()
         recorder = Recorder(
@@ -126,6 +128,41 @@ class PackedModel:
         self._program = found
         return None
 
+    def capture(self, *, max_num_seqs: int, max_model_len: int, vocab_size: int) -> str | None:
+        """Capture decode steps on the cache as allocated, to be replayed from now on.
+
+        Args:
+            max_num_seqs: most sequences of a step.
+            max_model_len: most tokens of a sequence.
+            vocab_size: number of token ids.
+
+        Returns: why that cannot be, in part or at all; None if it can.
+        """
+        assert self._cache is not None, "allocate comes first"
+        cache, capture = self._cache, capture_on(self._device)
+        if capture is None or not isinstance(self._backend, CapturableBackend):
+            return f"there are no graphs on {self._device}"
+        if isinstance(self.served, ServedModel) and self.served.own is not None:
+            return self.served.own.describe()
+        shape = Shape(
+            groups=self.groups,
+            block_size=self._backend.block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            num_blocks=cache.num_blocks,
+            vocab_size=vocab_size,
+            dtype=self._dtype,
+        )
+        cache.fill(seed=0)  # code that gets positions wrong shows where contexts are not all alike
+        self._graphs = DecodeGraphs(
+            lambda inputs: self.served.forward(inputs, cache, self._backend),
+            self._backend,
+            shape,
+            device=self._device,
+            capture=capture,
+        )
+        return self._graphs.capture_all()
+
     def fill(self, seed: int) -> None:
         """Write random numbers to the cache of keys and values."""
         assert self._cache is not None, "allocate comes first"
@@ -141,6 +178,8 @@ class PackedModel:
     def _compute(self, step: StepTables) -> Tensor:
         assert self._cache is not None, "allocate comes first"
         if self._recomputing is None:
+            if self._graphs is not None and self._graphs.takes(step):
+                return self._graphs.run(step)
             inputs = build_inputs(step, groups=self.groups, backend=self._backend, device=self._device)
             if self._program is not None and self._repeats(step):
                 try:
@@ -161,6 +200,7 @@ class PackedModel:
                 logger.warning("from now on every step computes whole sequences, one at a time: %s", reason)
                 self.served.forget()
                 set_attention(self.served.module, "eager")
+                self._graphs = None
                 self._recomputing = RecomputingModel(self.served.module, reason, device=self._device)
         return self._recomputing.compute(step)
 

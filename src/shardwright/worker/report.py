@@ -46,6 +46,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     can_rewind: bool
     attention_rung: str
     attention_reason: str
+    attention_backend: str = ""
+    """What computes the attention that is ours; empty: there is none."""
     load_s: float
     ready_s: float
 

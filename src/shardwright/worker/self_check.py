@@ -86,9 +86,8 @@ def check_logits(model: StepModel, expected: Tensor, *, vocab_size: int, block_s
     Returns: root mean square of the differences between logits, relative to the logits' standard deviation.
     Raises: UnsupportedModelError if it is over the tolerance of the dtype, or a step fails.
     """
-    sequences = _sequences(vocab_size)
     try:
-        actual = _stepwise_logits(model, sequences, STEPS if model.takes_chunks else WHOLE_STEPS, block_size)
+        actual = stepwise_logits(model, vocab_size=vocab_size, block_size=block_size)
     except UnsupportedModelError:
         raise
     except Exception as exc:
@@ -108,6 +107,12 @@ def compare_logits(expected: Tensor, actual: Tensor, *, dtype: torch.dtype) -> f
             f"logits differ from those of its own forward pass by {difference:.2g} of their spread, in {dtype}"
         )
     return difference
+
+
+@torch.inference_mode()
+def stepwise_logits(model: StepModel, *, vocab_size: int, block_size: int) -> Tensor:
+    """What a model gives for the check's sequences; its cache is to be allocated anew afterwards."""
+    return _stepwise_logits(model, _sequences(vocab_size), STEPS if model.takes_chunks else WHOLE_STEPS, block_size)
 
 
 @torch.inference_mode()

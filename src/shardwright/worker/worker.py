@@ -15,10 +15,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from shardwright.adapt.compiled import compile_layers
 from shardwright.adapt.eager import eager
-from shardwright.config import EngineConfig, SchedulerConfig
+from shardwright.adapt.served_model import ServedModel
+from shardwright.attention.choice import choose_backend
+from shardwright.cache.spec import LayerSpec
+from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
+from shardwright.foreign_errors import described
 from shardwright.layers.cpu_linears import replace_linears
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products
@@ -34,7 +39,7 @@ from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
 from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups, merged_groups
-from shardwright.worker.self_check import run_largest_step
+from shardwright.worker.self_check import compare_logits, run_largest_step, stepwise_logits
 from shardwright.worker.step import StepModel, Tables
 from shardwright.worker.threads import one_thread
 
@@ -109,6 +114,7 @@ class Worker:
             can_rewind=model.can_rewind,
             attention_rung=model.rung,
             attention_reason=model.rung_reason,
+            attention_backend=attention_kernels(model.layers, config.model, self._device, blueprint.dtype),
             load_s=loaded - started,
             ready_s=time.perf_counter() - started,
         )
@@ -117,6 +123,9 @@ class Worker:
         """Make room for the cache and the tables of the running sequences."""
         block_size = self._config.cache.block_size
         self._model.allocate(num_rows=allocation.max_num_seqs, num_blocks=allocation.num_blocks, block_size=block_size)
+        model = self._model
+        if isinstance(model, PackedModel) and self._placement.num_ranks == 1 and not self._config.model.enforce_eager:
+            self._capture(model, allocation)
         limits = RunnerLimits(
             max_num_seqs=allocation.max_num_seqs,
             max_model_len=allocation.max_model_len,
@@ -144,6 +153,21 @@ class Worker:
             most_tokens=allocation.max_num_batched_tokens,
             groups=local_groups(allocation.groups, draft.model.groups),
         )
+
+    @eager
+    @torch.inference_mode()
+    def _capture(self, model: PackedModel, allocation: Allocation) -> None:
+        """Let decode steps be replayed, on a device that can."""
+        started = time.perf_counter()
+        problem = model.capture(
+            max_num_seqs=allocation.max_num_seqs, max_model_len=allocation.max_model_len, vocab_size=self._vocab_size
+        )
+        if self._device.type == "cuda":
+            logger.info(
+                "decode steps are captured in %.1f s%s",
+                time.perf_counter() - started,
+                f", but {problem}" if problem else "",
+            )
 
     @eager
     def execute(self, batch: Batch) -> StepResult | None:
@@ -204,12 +228,15 @@ def adapt(
                 dtype=blueprint.dtype,
                 compute_dtype=compute_dtype,
                 device=device,
+                attention_backend=config.model.attention_backend,
                 parallel=config.parallel,
                 self_check=config.model.self_check,
                 loops=loops,
                 agree=agree,
             )
             loops.log()
+            if config.model.compile_layers:
+                _compile(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
@@ -248,6 +275,21 @@ def _expect_no_padding(module: nn.Module) -> None:
             setattr(held, _PADDING_WARNING, lambda *_: None)
 
 
+def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> None:
+    """Let a model's layers be compiled, if they give what they gave before."""
+    if not isinstance(model, PackedModel) or not isinstance(model.served, ServedModel):
+        logger.warning("layers are not compiled: the model's attention does not go through Transformers' interface")
+        return
+    sizes = {"vocab_size": blueprint.vocab_size, "block_size": config.cache.block_size}
+    expected = stepwise_logits(model, **sizes)
+    undo = compile_layers(model.served.module)
+    try:
+        compare_logits(expected, stepwise_logits(model, **sizes), dtype=blueprint.dtype)
+    except Exception as exc:  # of the compiler, or of code that it does not take
+        undo()
+        logger.warning("layers are not compiled: %s", described(exc))
+
+
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
     """Let a model's steps be carried out natively, if they can be."""
     sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
@@ -262,6 +304,15 @@ def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> N
         logger.debug("steps are recorded, and carried out natively")
     else:
         logger.info("steps run the model's own code: %s", problem)
+
+
+def attention_kernels(
+    layers: Sequence[LayerSpec], config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The back end that computes a model's attention; empty if none of it is ours. Raises ConfigError."""
+    if all(layer.is_own for layer in layers):
+        return ""
+    return choose_backend(config.attention_backend, device=device, dtype=dtype)
 
 
 def resolve_device(device: str, placement: Placement = ALONE) -> torch.device:
