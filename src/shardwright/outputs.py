@@ -45,7 +45,7 @@ class CompletionOutput:
 
 @dataclass(kw_only=True, slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds."""
+    """Times of one request, in seconds, and where its tokens came from."""
 
     ttft_s: float | None = None
     """From arrival to the first token of any completion."""
@@ -53,6 +53,10 @@ class RequestMetrics:
     """From arrival to the end of the last completion."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
+    num_proposed_tokens: int = 0
+    """Tokens guessed ahead and verified, of all completions."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right."""
 
 
 @dataclass(kw_only=True, slots=True)

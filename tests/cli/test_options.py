@@ -21,7 +21,8 @@ PROMISED = {
     "--gpu-memory-utilization --kv-cache-memory-bytes --enable-prefix-caching --no-enable-prefix-caching "
     "--enable-chunked-prefill --no-enable-chunked-prefill --trust-remote-code --tokenizer --load-format --device "
     "--json --tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --tp-plan --pp-plan "
-    "--distributed-executor-backend --quantization --enforce-eager --self-check --no-self-check",
+    "--distributed-executor-backend --quantization --enforce-eager --self-check --no-self-check --speculative-method "
+    "--speculative-model --num-speculative-tokens --prompt-lookup-max --prompt-lookup-min --speculative-step-tokens",
     "serve": "--host --port --api-key --root-path --ssl-keyfile --ssl-certfile --uvicorn-log-level --allowed-origins "
     "--served-model-name --chat-template --dtype --max-model-len --seed --kv-cache-memory-bytes "
     "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --tp-plan --pp-plan "

@@ -41,6 +41,17 @@ def test_json_has_every_request_and_the_sums(run: Shardwright) -> None:
     assert metrics["ready_s"] > 0
 
 
+def test_guessing_ahead_is_counted_and_changes_no_token(run: Shardwright, tiny_llama: Path) -> None:
+    prompts = ("Hello", "--prompt-token-ids", "5,6,7", "--json")
+    plain, guessed = run(*prompts).json, run(*prompts, "--speculative-model", str(tiny_llama)).json
+    assert [one["outputs"] for one in guessed["requests"]] == [one["outputs"] for one in plain["requests"]]
+    metrics = [document["metrics"] for document in (plain, guessed)]
+    assert [one["speculative_proposed_tokens"] > 0 for one in metrics] == [False, True]
+    assert 0 < metrics[1]["speculative_accepted_tokens"] <= metrics[1]["speculative_proposed_tokens"]
+    own = [one["metrics"]["num_proposed_tokens"] for one in guessed["requests"]]
+    assert sum(own) == metrics[1]["speculative_proposed_tokens"]
+
+
 def test_one_prompt_streams_the_same_text(run: Shardwright) -> None:
     [output] = run("Hello", "--json").json["requests"][0]["outputs"]
     result = run("Hello")

@@ -23,6 +23,15 @@ def next_token(tokens: list[int]) -> int:
     return zlib.crc32(repr(tokens).encode()) % VOCAB_SIZE
 
 
+def guess(tokens: list[int], num: int) -> list[int]:
+    """What may follow these tokens: after two right guesses there often is a wrong one."""
+    guessed: list[int] = []
+    for _ in range(num):
+        is_wrong = zlib.crc32(repr([tokens, guessed]).encode()) % 3 == 0
+        guessed.append((next_token(tokens + guessed) + is_wrong) % VOCAB_SIZE)
+    return guessed
+
+
 class FakeRank:
     """A rank that keeps in every slot of its cache the tokens up to the one whose slot it is.
 
@@ -31,6 +40,7 @@ class FakeRank:
         block_size: tokens per block.
         samples: whether it samples, or learns what was sampled from the batches that follow.
         sample: the token after others.
+        max_model_len: tokens of the longest sequence that proposals are made for.
     """
 
     def __init__(
@@ -40,11 +50,13 @@ class FakeRank:
         block_size: int,
         samples: bool = True,
         sample: Callable[[list[int]], int] = next_token,
+        max_model_len: int = 1 << 30,
     ) -> None:
         self._groups = groups
         self._block_size = block_size
         self._samples = samples
         self._sample = sample
+        self._max_model_len = max_model_len
         self._tokens: dict[int, list[int]] = {}
         self._tables: dict[tuple[int, int], dict[int, int]] = {}
         self._cache: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -52,25 +64,55 @@ class FakeRank:
     def execute(self, batch: Batch) -> StepResult:
         """Check a batch, and sample."""
         self._take_in(batch)
-        written: set[tuple[int, int]] = set()
+        writer: dict[tuple[int, int], int] = {}
         sampled: list[int | None] = []
-        for row, start, count in zip(batch.rows, batch.num_computed, batch.num_tokens, strict=True):
-            tokens = self._tokens[row]
+        accepted: dict[int, int] = {}
+        for place, (row, start, count) in enumerate(zip(batch.rows, batch.num_computed, batch.num_tokens, strict=True)):
+            known, proposed = self._tokens[row], batch.proposed.get(place, [])
+            tokens = known + proposed
             assert start + count <= len(tokens), "a token to compute is not known here"
+            assert not proposed or start + count == len(tokens), "proposed tokens are left out"
             for index, group in enumerate(self._groups):
                 for position in range(start, start + count):
                     slot = self._slot(row, index, position)
-                    assert slot not in written, "two tokens share a slot"
-                    written.add(slot)
+                    assert slot not in writer, "two tokens share a slot"
+                    writer[slot] = row
                     self._cache[slot] = tuple(tokens[: position + 1])
                     for seen in range(group.visibility.first_visible(position), position):
                         content = self._cache[self._slot(row, index, seen)]
                         assert content == tuple(tokens[: seen + 1]), "a token sees what is not before it"
-            is_last = start + count == len(tokens)
-            sampled.append(self._sample(tokens) if is_last else None)
-            if is_last and self._samples:
-                tokens.append(self._sample(tokens))
-        return StepResult(token_ids=sampled, logprobs={}, prompt_logprobs={})
+            if start + count < len(tokens):
+                sampled.append(None)
+                continue
+            num_accepted = 0
+            while (
+                proposed[num_accepted:] and self._sample(tokens[: len(known) + num_accepted]) == proposed[num_accepted]
+            ):
+                num_accepted += 1
+            accepted[place] = num_accepted
+            sampled.append(self._sample(tokens[: len(known) + num_accepted]))
+            if self._samples:
+                self._tokens[row] = [
+                    *known,
+                    *proposed[:num_accepted],
+                    self._sample(tokens[: len(known) + num_accepted]),
+                ]
+        proposals = self._propose(batch, writer) if self._samples else {}
+        return StepResult(
+            token_ids=sampled, logprobs={}, prompt_logprobs={}, num_accepted=accepted, proposals=proposals
+        )
+
+    def _propose(self, batch: Batch, writer: dict[tuple[int, int], int]) -> dict[int, list[int]]:
+        """What a draft model might say, and whether there are slots for all but the last token of it."""
+        proposals: dict[int, list[int]] = {}
+        for place, num in batch.num_to_propose.items():
+            tokens = self._tokens[row := batch.rows[place]]
+            proposals[place] = guess(tokens, min(num, self._max_model_len - len(tokens)))
+            for index in range(len(self._groups)):
+                for position in range(len(tokens) - 1, len(tokens) + len(proposals[place]) - 1):
+                    slot = self._slot(row, index, position)
+                    assert writer.setdefault(slot, row) == row, "two sequences share a slot"
+        return proposals
 
     def _take_in(self, batch: Batch) -> None:
         assert not set(batch.sampled_rows) & set(batch.freed_rows)
@@ -166,7 +208,7 @@ class FakeRanks:
         self._in_flight: deque[tuple[Batch, dict[int, set[tuple[int, int]]]]] = deque()
         block_size = self._limits.block_size
         self._first = FakeRank(self.groups, block_size=block_size, samples=False)
-        self._last = FakeRank(self.groups, block_size=block_size)
+        self._last = FakeRank(self.groups, block_size=block_size, max_model_len=self._limits.max_model_len)
 
     def _may_lose(self) -> None:
         self._num_calls += 1

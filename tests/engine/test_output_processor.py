@@ -216,6 +216,16 @@ def test_metrics_run_from_arrival_to_the_first_and_the_last_token():
     assert last.metrics.num_cached_tokens == 1  # what the second completion found was put there by the first
 
 
+def test_guesses_of_all_completions_are_counted():
+    processor = make_processor(n=2)
+    for child, proposed, accepted in (("r-0", 4, 1), ("r-1", 3, 3), ("r-0", 2, 0)):
+        delta, _ = step(
+            processor, byte_ids(b"a"), child=child, num_proposed_tokens=proposed, num_accepted_tokens=accepted
+        )
+    assert delta is not None
+    assert (delta.metrics.num_proposed_tokens, delta.metrics.num_accepted_tokens) == (9, 4)
+
+
 def test_logprobs_carry_texts_and_ranks_and_sum_up():
     processor = make_processor(SamplingParams(logprobs=2))
     a, b, c = byte_ids(b"abc")

@@ -1,5 +1,5 @@
-"""Requests of all kinds come, run, are aborted and lose their ranks: no block or row is lost or owned twice, nobody
-starves, and everyone gets their tokens.
+"""Requests of all kinds come, run, are aborted and lose their ranks, with tokens guessed ahead and without: no block or
+row is lost or owned twice, nobody starves, and everyone gets their tokens.
 """
 
 from __future__ import annotations
@@ -7,17 +7,44 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.engine.fake_ranks import FakeRanks, next_token
+from tests.engine.fake_ranks import VOCAB_SIZE, FakeRanks, guess, next_token
 
 from shardwright.cache.spec import CacheGroup, Visibility, VisibilityKind, blocks_for_sequence
+from shardwright.config import SpeculativeConfig
 from shardwright.engine.limits import SchedulerLimits
 from shardwright.engine.messages import EngineRequest
+from shardwright.engine.prompt_lookup import PromptLookup
+from shardwright.engine.request import Guesses, Request
 from shardwright.engine.scheduler import Scheduler
+from shardwright.engine.speculation import Speculation
 from shardwright.sampling_params import SamplingParams
 
 FULL = CacheGroup(Visibility(), (0, 1))
 SLIDING = CacheGroup(Visibility(VisibilityKind.SLIDING, 8), (2, 3))
 MAX_MODEL_LEN = 40
+STOPS = list(range(0, VOCAB_SIZE, 9))
+SPECULATIVE = {
+    "none": None,
+    "ngram": SpeculativeConfig(speculative_method="ngram", num_speculative_tokens=5),
+    "draft": SpeculativeConfig(speculative_model="small", num_speculative_tokens=5),
+}
+
+
+class Oracle(PromptLookup):
+    """Finds what follows, with mistakes."""
+
+    def propose(self, token_ids: list[int], most: int) -> list[int]:
+        return guess(token_ids, most)
+
+
+class OracleSpeculation(Speculation):
+    """Looks for proposals where there are some."""
+
+    def _guesses(self, request: Request) -> Guesses:
+        guesses = super()._guesses(request)
+        if not self.drafts:
+            guesses.lookup = Oracle(longest=1, shortest=1)
+        return guesses
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -30,6 +57,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_in_flight=st.integers(1, 3),
         prefix=st.booleans(),
         priority=st.booleans(),
+        method=st.sampled_from(sorted(SPECULATIVE)),
+        step_tokens=st.integers(2, 24),
     )
     def start(
         self,
@@ -39,6 +68,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_in_flight: int,
         prefix: bool,
         priority: bool,
+        method: str,
+        step_tokens: int,
     ) -> None:
         least = blocks_for_sequence(groups, num_tokens=MAX_MODEL_LEN, chunk=budget, block_size=4)
         limits = SchedulerLimits(
@@ -51,7 +82,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=prefix,
             by_priority=priority,
         )
-        self.scheduler = Scheduler(limits, groups)
+        speculation, config = None, SPECULATIVE[method]
+        if config is not None:
+            speculation = OracleSpeculation(config, step_tokens=min(step_tokens, budget), max_model_len=MAX_MODEL_LEN)
+        self.scheduler = Scheduler(limits, groups, speculation)
         self.ranks = FakeRanks(groups, limits)
         self.wanted: dict[str, list[int]] = {}
         """Tokens still to come, by request."""
@@ -62,17 +96,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         family=st.integers(0, 1),
         priority=st.integers(-1, 1),
+        stops=st.booleans(),
+        min_tokens=st.integers(0, 8),
     )
-    def add(self, length: int, max_tokens: int, family: int, priority: int) -> None:
+    def add(self, length: int, max_tokens: int, family: int, priority: int, stops: bool, min_tokens: int) -> None:
         self.count += 1
         name, prompt = str(self.count), [1000 * family + i for i in range(length)]
-        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        min_tokens = min(min_tokens, max_tokens)
+        params = SamplingParams(
+            max_tokens=max_tokens, min_tokens=min_tokens, temperature=0, stop_token_ids=STOPS if stops else None
+        )
         self.scheduler.add(
             EngineRequest(request_id=name, prompt_token_ids=prompt, sampling_params=params, priority=priority)
         )
         tokens = list(prompt)
         for _ in range(min(max_tokens, MAX_MODEL_LEN - length)):
             tokens.append(next_token(tokens))
+            if stops and len(tokens) - length >= min_tokens and tokens[-1] in STOPS:
+                break
         self.wanted[name] = tokens[length:]
 
     @rule(data=st.data())

@@ -38,6 +38,7 @@ def make_report(**changes: object) -> WorkerReport:
         max_step_tokens=None,
         takes_chunks=True,
         reuses_prefixes=True,
+        can_rewind=True,
         attention_rung="interface",
         attention_reason="",
         load_s=0.1,

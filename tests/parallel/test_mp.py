@@ -47,6 +47,33 @@ def test_two_ranks_give_the_tokens_of_one(tiny_llama: Path, pair: SharedRanks, e
     assert max(core.info.rank_weight_bytes) < 0.52 * whole
 
 
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+def test_guessing_ahead_changes_no_token_of_two_ranks(
+    tiny_llama: Path, pair: SharedRanks, expected: list[list[int]], method: str
+) -> None:
+    core = pair.serve(make_config(tiny_llama, tp=2, **guessing(tiny_llama, method)))
+    assert generate(core) == expected
+    assert core.stats.num_proposed_tokens > 0
+    if method == "draft":  # the model itself, whole on one rank
+        assert core.stats.num_accepted_tokens > 0.8 * core.stats.num_proposed_tokens
+
+
+@pytest.mark.slow
+def test_guessing_ahead_changes_no_token_of_two_stages(tiny_llama: Path, expected: list[list[int]]) -> None:
+    stages = SharedRanks(MpRanks)
+    for method in ("ngram", "draft"):
+        core = stages.serve(make_config(tiny_llama, pp=2, **guessing(tiny_llama, method)))
+        assert generate(core) == expected
+        assert core.stats.num_proposed_tokens > 0
+    stages.close()
+
+
+def guessing(path: Path, method: str) -> dict[str, object]:
+    """Options under which a whole batch guesses ahead."""
+    chosen = {"speculative_method": "ngram"} if method == "ngram" else {"speculative_model": str(path)}
+    return chosen | {"speculative_step_tokens": 32, "prompt_lookup_min": 1}
+
+
 def test_a_killed_rank_is_noticed_at_once(tiny_llama: Path, pair: SharedRanks) -> None:
     config = make_config(tiny_llama, tp=2)
     core = pair.serve(config)

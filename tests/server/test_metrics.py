@@ -43,6 +43,8 @@ async def test_state_of_the_engine_is_read_at_every_scrape(client: httpx.AsyncCl
         num_preemptions=5,
         num_prefix_query_tokens=100,
         num_prefix_hit_tokens=40,
+        num_proposed_tokens=30,
+        num_accepted_tokens=20,
         num_restarts=1,
     )
     values = await scrape(client)
@@ -52,6 +54,8 @@ async def test_state_of_the_engine_is_read_at_every_scrape(client: httpx.AsyncCl
     assert values["preemptions_total"] == 5
     assert values["prefix_cache_queries_total"] == 100
     assert values["prefix_cache_hits_total"] == 40
+    assert values["speculative_proposed_tokens_total"] == 30
+    assert values["speculative_accepted_tokens_total"] == 20
     assert values["engine_restarts_total"] == 1
     assert values["kv_cache_blocks"] == 32
     assert values["engine_up"] == 1

@@ -52,7 +52,7 @@ class Rank:
         blocks: dict[int, list[int]] | None = None,
         params: SamplingParams = GREEDY,
         num_prompt_tokens: int | None = None,
-        **told: list[int],
+        **told: object,
     ) -> StepResult:
         """One step of (row, tokens computed before, tokens now); `new` and `blocks` are by row."""
         new_rows = [
@@ -127,7 +127,7 @@ def test_logprobs_are_the_model_s(rank: Rank) -> None:
     result = rank.step([(0, 0, 9)], new={0: FIRST}, blocks={0: [7, 3, 21]}, params=params)
     expected = own_logits(rank.plain, FIRST)[-1].log_softmax(-1)
     top = expected.topk(2)
-    found = result.logprobs[0]
+    (found,) = result.logprobs[0]
     assert found.token_ids == [result.token_ids[0], *top.indices.tolist()]
     assert found.logprobs == pytest.approx([float(top.values[0]), *top.values.tolist()], abs=1e-4)
     assert found.rank == 1
@@ -205,13 +205,13 @@ def test_a_rank_that_does_not_sample_is_told_of_spoiled_rows(follower: tuple[Ran
 
 
 def test_blocks_of_groups_that_a_rank_has_no_layer_of_are_passed_over(rank: Rank) -> None:
-    rank.runner._group_places = [None, 0]
+    rank.runner._block_tables._places = [None, 0]
     batch = Batch(
         rows=[0], num_computed=[0], num_tokens=[5], new_rows=[NewRow(0, SECOND, 5, GREEDY, [])],
         table_updates=[TableUpdate(0, 0, 0, [1, 1]), TableUpdate(0, 1, 0, [8, 9])],
     )  # fmt: skip
     assert rank.runner.execute(batch).token_ids == greedy_by_recompute(rank.plain, SECOND, 1)
-    assert rank.runner._block_tables[0][0, :2].tolist() == [8, 9]
+    assert rank.runner._block_tables.tables[0][0, :2].tolist() == [8, 9]
 
 
 def test_the_last_token_may_fill_the_row() -> None:
@@ -219,3 +219,83 @@ def test_the_last_token_may_fill_the_row() -> None:
     expected = greedy_by_recompute(rank.plain, FIRST[:8], 2)
     assert rank.step([(0, 0, 8)], new={0: FIRST[:8]}, blocks={0: [7, 3, 21]}).token_ids == expected[:1]
     assert rank.step([(0, 8, 1)]).token_ids == expected[1:]
+
+
+def test_right_proposals_bring_all_their_tokens_in_one_step(rank: Rank) -> None:
+    first, second = greedy_by_recompute(rank.plain, FIRST, 6), greedy_by_recompute(rank.plain, SECOND, 3)
+    rank.step([(0, 0, 9), (2, 0, 5)], new={0: FIRST, 2: SECOND}, blocks={0: [7, 3, 21, 9], 2: [4, 30, 1]})
+    result = rank.step([(2, 5, 1), (0, 9, 4)], proposed={1: first[1:4]})
+    assert result.token_ids == [second[1], first[4]]
+    assert result.num_accepted == {1: 3}
+    result = rank.step([(0, 13, 1), (2, 6, 1)])
+    assert result.token_ids == [first[5], second[2]]
+
+
+@pytest.mark.parametrize("right", [0, 1, 2])
+def test_a_wrong_proposal_leaves_nothing_behind(rank: Rank, right: int) -> None:
+    expected = greedy_by_recompute(rank.plain, FIRST, 8)
+    rank.step([(1, 0, 9)], new={1: FIRST}, blocks={1: [7, 3, 21, 9, 2]})
+    wrong = [(token + 1) % 128 for token in expected[1 + right : 4]]
+    result = rank.step([(1, 9, 4)], proposed={0: expected[1 : 1 + right] + wrong})
+    assert result.num_accepted == ({0: right} if right else {})
+    tokens = expected[: 1 + right] + result.token_ids
+    while len(tokens) < 8:
+        tokens += rank.step([(1, 8 + len(tokens), 1)]).token_ids
+    assert tokens == expected
+
+
+def test_log_probabilities_of_proposals_are_those_of_single_tokens(rank: Rank) -> None:
+    params = SamplingParams(temperature=0, logprobs=2)
+    tokens = greedy_by_recompute(rank.plain, FIRST, 4)
+    rank.step([(0, 0, 9), (2, 0, 5)], new={0: FIRST, 2: SECOND}, blocks={0: [7, 3, 21, 9], 2: [4, 30]}, params=params)
+    result = rank.step([(2, 5, 1), (0, 9, 3)], proposed={1: tokens[1:3]})
+    assert {place: len(found) for place, found in result.logprobs.items()} == {0: 1, 1: 3}
+    expected = own_logits(rank.plain, FIRST + tokens).log_softmax(-1)[9:12]
+    for entry, scores in zip(result.logprobs[1], expected, strict=True):
+        assert entry.logprobs == pytest.approx([float(scores.max()), *scores.topk(2).values.tolist()], abs=1e-4)
+
+
+def test_prompt_logprobs_come_beside_proposals(rank: Rank) -> None:
+    tokens = greedy_by_recompute(rank.plain, FIRST, 3)
+    rank.step([(0, 0, 9)], new={0: FIRST}, blocks={0: [7, 3, 21]})
+    scored = SamplingParams(temperature=0, prompt_logprobs=0)
+    result = rank.step(
+        [(0, 9, 3), (1, 0, 5)], new={1: SECOND}, blocks={1: [9, 10]}, params=scored, proposed={0: tokens[1:3]}
+    )
+    assert result.num_accepted == {0: 2}
+    expected = own_logits(rank.plain, SECOND).log_softmax(-1)
+    assert [entry.logprobs[0] for entry in result.prompt_logprobs[1]] == pytest.approx(
+        [float(expected[i, token]) for i, token in enumerate(SECOND[1:])], abs=1e-4
+    )
+
+
+def test_a_proposal_whose_logits_are_not_numbers_spoils_nothing(rank: Rank) -> None:
+    """Its keys lie in a block with others' that see it behind a mask, and zero times not-a-number is not zero."""
+    rank.served.words.weight.data[99] = float("nan")
+    expected = greedy_by_recompute(rank.plain, FIRST[:3], 3)
+    rank.step([(0, 0, 3)], new={0: FIRST[:3]}, blocks={0: [7, 3]})
+    result = rank.step([(0, 3, 4), (1, 0, 5)], new={1: SECOND}, blocks={1: [5, 6]}, proposed={0: [expected[1], 99, 5]})
+    accepted = result.num_accepted.get(0, 0)
+    assert result.token_ids == [None, *greedy_by_recompute(rank.plain, SECOND, 1)]
+    assert list(result.errors) == [0]
+    for layer in rank.runner._model._cache.layers:
+        assert layer.keys_NKD.isfinite().all()
+        assert layer.values_NKV.isfinite().all()
+    tokens = expected[: 1 + accepted]
+    while len(tokens) < 3:
+        tokens += rank.step([(0, 2 + len(tokens), 1)]).token_ids
+    assert tokens == expected
+
+
+def test_a_rank_that_does_not_sample_learns_which_proposals_came_true(
+    follower: tuple[Rank, list[list[int]]],
+) -> None:
+    rank, seen = follower
+    expected = greedy_by_recompute(rank.plain, FIRST, 5)
+    rank.step([(0, 0, 9)], new={0: FIRST}, blocks={0: [7, 3, 21, 9]})
+    told = {"sampled_rows": [0], "sampled_token_ids": expected[:1]}
+    rank.step([(0, 9, 4)], proposed={0: [*expected[1:3], 5]}, **told)
+    told = {"sampled_rows": [0, 0, 0], "sampled_token_ids": expected[1:4]}
+    rank.step([(0, 12, 1)], **told)
+    assert seen[1][:3] == expected[1:4]
+    assert seen[2] == expected[4:]

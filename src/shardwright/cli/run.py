@@ -148,6 +148,8 @@ def run_metrics(outputs: Sequence[RequestOutput], *, ready_s: float, elapsed_s: 
         "ready_s": round(ready_s, 3),
         "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
         "output_tokens": output_tokens,
+        "speculative_proposed_tokens": sum(output.metrics.num_proposed_tokens for output in outputs),
+        "speculative_accepted_tokens": sum(output.metrics.num_accepted_tokens for output in outputs),
         "elapsed_s": round(elapsed_s, 4),
         "output_tokens_per_s": round(output_tokens / elapsed_s, 2),
     }
@@ -162,6 +164,8 @@ def as_json(output: RequestOutput) -> dict[str, Any]:
             "ttft_s": output.metrics.ttft_s,
             "latency_s": output.metrics.latency_s,
             "num_cached_tokens": output.metrics.num_cached_tokens,
+            "num_proposed_tokens": output.metrics.num_proposed_tokens,
+            "num_accepted_tokens": output.metrics.num_accepted_tokens,
         },
         **({} if output.prompt_logprobs is None else {"prompt_logprobs": logprobs_as_json(output.prompt_logprobs)}),
     }

@@ -9,7 +9,7 @@ from shardwright.engine.in_flight import ScheduledTokens
 from shardwright.engine.request import Request
 from shardwright.worker.batch import Batch, NewRow, TableUpdate
 
-NOTHING: Mapping[int, int] = MappingProxyType({})
+NOTHING: Mapping[int, list[int]] = MappingProxyType({})
 
 
 class BatchBuilder:
@@ -27,6 +27,7 @@ class BatchBuilder:
         self._parts: dict[Request, ScheduledTokens] = {}
         self._new_rows: list[NewRow] = []
         self._updates: list[TableUpdate] = []
+        self._num_to_propose: dict[Request, int] = {}
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -49,6 +50,31 @@ class BatchBuilder:
         self._updates += updates
         self.budget -= num_tokens
 
+    def extend(self, request: Request, proposed: list[int], updates: list[TableUpdate]) -> None:
+        """Let a sequence compute tokens that are only proposed, behind its last one.
+
+        Args:
+            request: of the batch, with all the tokens that it has.
+            proposed: within the budget.
+            updates: of its block tables.
+        """
+        part = self._parts[request]
+        part.num_tokens += len(proposed)
+        part.proposed = proposed
+        self._updates += updates
+        self.budget -= len(proposed)
+
+    def let_propose(self, request: Request, num_tokens: int, updates: list[TableUpdate]) -> None:
+        """Let the draft model propose tokens for a sequence of the batch, once it has got its next ones.
+
+        Args:
+            request: of the batch.
+            num_tokens: at least one.
+            updates: of its block tables, which cover these too.
+        """
+        self._num_to_propose[request] = num_tokens
+        self._updates += updates
+
     def announce(self, request: Request) -> None:
         """Tell workers of a sequence that starts or resumes."""
         self._new_rows.append(
@@ -69,7 +95,11 @@ class BatchBuilder:
             self._updates = [update for update in self._updates if update.row != request.row]
 
     def build(
-        self, *, freed_rows: Sequence[int] = (), sampled: Mapping[int, int] = NOTHING, spoiled_rows: Sequence[int] = ()
+        self,
+        *,
+        freed_rows: Sequence[int] = (),
+        sampled: Mapping[int, list[int]] = NOTHING,
+        spoiled_rows: Sequence[int] = (),
     ) -> Batch:
         """The batch.
 
@@ -86,7 +116,13 @@ class BatchBuilder:
             new_rows=self._new_rows,
             table_updates=self._updates,
             freed_rows=list(freed_rows),
-            sampled_rows=list(sampled),
-            sampled_token_ids=list(sampled.values()),
+            sampled_rows=[row for row, tokens in sampled.items() for _ in tokens],
+            sampled_token_ids=[token for tokens in sampled.values() for token in tokens],
             spoiled_rows=list(spoiled_rows),
+            proposed={place: list(part.proposed) for place, part in enumerate(parts) if part.proposed},
+            num_to_propose={
+                place: self._num_to_propose[part.request]
+                for place, part in enumerate(parts)
+                if part.request in self._num_to_propose
+            },
         )

@@ -10,6 +10,7 @@ from shardwright.engine.limits import SchedulerLimits
 from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
 from shardwright.engine.recovery import Recovery
 from shardwright.engine.scheduler import Scheduler
+from shardwright.engine.speculation import open_speculation
 from shardwright.errors import RanksLostError
 from shardwright.worker.batch import Batch, StepResult
 
@@ -71,6 +72,7 @@ class EngineCore:
                 by_priority=config.scheduler.scheduling_policy == "priority",
             ),
             executor.groups,
+            open_speculation(config.speculative, info),
         )
         self._recovery = Recovery(executor, self.scheduler)
 

@@ -8,7 +8,7 @@ that samples has no tokens left to compute until its result is in, and with that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardwright.engine.request import Request
@@ -21,11 +21,18 @@ class ScheduledTokens:
     request: Request
     start: int
     num_tokens: int
+    proposed: Sequence[int] = ()
+    """The last of the tokens, which are not known to be the sequence's."""
 
     @property
     def end(self) -> int:
         """The position after the last of them."""
         return self.start + self.num_tokens
+
+    @property
+    def known_end(self) -> int:
+        """The position after the last that is known."""
+        return self.start + self.num_tokens - len(self.proposed)
 
 
 class InFlight:

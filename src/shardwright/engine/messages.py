@@ -55,6 +55,10 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """For the prompt tokens computed in this step, from the second token on."""
     num_cached_tokens: int = 0
+    num_proposed_tokens: int = 0
+    """Tokens guessed ahead that this step verified."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right."""
 
 
 class PoolingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +91,10 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_prefix_hit_tokens: int = 0
     num_computed_tokens: int = 0
     num_generated_tokens: int = 0
+    num_proposed_tokens: int = 0
+    """Tokens guessed ahead and verified."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right."""
     num_steps: int = 0
     num_restarts: int = 0
     """How often ranks were lost and started anew."""
@@ -160,6 +168,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether prompts may be computed in pieces."""
     reuses_prefixes: bool = True
     """Whether prompts may begin after a cached prefix."""
+    can_rewind: bool = True
+    """Whether tokens may be computed that turn out not to follow."""
     rank_weight_bytes: list[int] = []
     """Of each rank."""
     eos_token_ids: list[int] = []

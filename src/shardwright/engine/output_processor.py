@@ -158,6 +158,8 @@ class _Request:
         """Take what a step brought for one of the sequences: its news, if it has a token or an end."""
         if output.request_id == self._first_child:  # later ones find the whole prompt in the cache, thanks to the first
             self._metrics.num_cached_tokens = max(self._metrics.num_cached_tokens, output.num_cached_tokens)
+        self._metrics.num_proposed_tokens += output.num_proposed_tokens
+        self._metrics.num_accepted_tokens += output.num_accepted_tokens
         self._take_prompt_logprobs(output.prompt_logprobs or [])
         if not output.new_token_ids and output.finish_reason is None:
             return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from shardwright.cache.manager import BlockTables
 from shardwright.cache.prefix import extend_keys
 from shardwright.engine.messages import EngineRequest
+from shardwright.engine.pace import Pace
+from shardwright.engine.prompt_lookup import PromptLookup
 from shardwright.outputs import FinishReason
 
 
@@ -16,6 +19,17 @@ class RequestState(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+@dataclass(slots=True)
+class Guesses:
+    """What is guessed of the tokens to come. Changed by Speculation only."""
+
+    pace: Pace
+    lookup: PromptLookup | None
+    """None where a draft model guesses."""
+    drafted: list[int] = field(default_factory=list)
+    """Tokens that the draft model takes to follow those known."""
 
 
 class Request:
@@ -35,7 +49,8 @@ class Request:
         self.token_ids = message.prompt_token_ids + message.output_token_ids
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
-        """Tokens whose keys and values are in the cache, or will be once the batches in flight are done."""
+        """Tokens whose keys and values are in the cache, or will be once the batches in flight are done; proposed ones
+        among them until it is known which come true."""
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the prefix cache when it first ran."""
         self.num_prompt_logprobs_sent = message.num_prompt_logprobs_sent
@@ -45,6 +60,8 @@ class Request:
         self.num_in_flight = 0
         """Batches in flight that it is part of."""
         self.blocks: BlockTables | None = None
+        self.guesses: Guesses | None = None
+        """None until something is to be guessed."""
         self._keys: list[bytes] = []
 
     @property
@@ -68,7 +85,9 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens still to be computed before the next one can be sampled; none while that one is in flight."""
+        """Tokens still to be computed before the next one can be sampled. None while that one is in flight: 0, or less
+        with proposed tokens.
+        """
         return len(self.token_ids) - self.num_computed_tokens
 
     @property

@@ -8,6 +8,9 @@ A step is filled in this order:
 When blocks run out, the running request that is last in order is preempted: its blocks go back, and it waits to be
 computed anew. The first in order is never preempted for another, so it always ends: nobody starves.
 
+Decodes may have tokens that are only proposed (engine/speculation.py) behind the one that they have; those that do not
+come true are taken off again what counts as computed, and their places in the blocks are written anew.
+
 Where the executor works on several batches at a time, decodes are dealt out evenly to as many. What is in flight keeps
 its blocks: it is not preempted, and it leaves when its result is in, even if it was aborted before.
 """
@@ -26,6 +29,7 @@ from shardwright.engine.memory import SequenceMemory
 from shardwright.engine.messages import EngineOutput, EngineRequest, SchedulerStats, TokenLogprobs
 from shardwright.engine.queue import WaitingQueue
 from shardwright.engine.request import Request, RequestState
+from shardwright.engine.speculation import Speculation
 from shardwright.outputs import FinishReason
 from shardwright.worker.batch import Batch, StepResult
 
@@ -49,17 +53,21 @@ class Scheduler:
     Args:
         limits: of the engine.
         groups: cache groups of the model.
+        speculation: guesses tokens ahead; None: nobody does.
     """
 
-    def __init__(self, limits: SchedulerLimits, groups: list[CacheGroup]) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, groups: list[CacheGroup], speculation: Speculation | None = None
+    ) -> None:
         self.limits = limits
+        self.speculation = speculation
         self.memory = SequenceMemory(limits, groups)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.in_flight = InFlight()
         self._requests: dict[str, Request] = {}
         """Those that have not ended, by id."""
-        self._sampled: dict[int, int] = {}
+        self._sampled: dict[int, list[int]] = {}
         """Tokens by row that came in since the last batch."""
         self._spoiled_rows: list[int] = []
         """Of sequences that ended since the last batch, because their logits were not numbers."""
@@ -102,14 +110,18 @@ class Scheduler:
         for request in decodes:
             if request.state is RequestState.RUNNING and step.budget > 0 and len(step) < share:
                 self._schedule_running(step, request)
+        if self.speculation is not None:
+            self.speculation.add_proposals(step, self.memory)
         for request in prefills:
             if request.state is RequestState.RUNNING and step.budget > 0:
                 self._schedule_running(step, request)
         for part in step.parts:
-            self.memory.store_prefix(part.request, part.end)
+            self.memory.store_prefix(part.request, part.known_end)
         if step.may_start:
             while step.budget > 0 and self.memory.has_free_row and self._schedule_waiting(step):
                 pass
+        if self.speculation is not None:
+            self.speculation.ask_for_drafts(step, self.memory)
         return self._launch(step)
 
     def update(self, result: StepResult) -> list[EngineOutput]:
@@ -130,7 +142,8 @@ class Scheduler:
     def take_back(self, batch: Batch) -> None:
         """The batch that was scheduled last has reached no worker and will not: its sequences wait again."""
         self.memory.return_freed_rows(batch.freed_rows)
-        self._sampled |= zip(batch.sampled_rows, batch.sampled_token_ids, strict=True)
+        for row, token in zip(batch.sampled_rows, batch.sampled_token_ids, strict=True):
+            self._sampled.setdefault(row, []).append(token)
         self._spoiled_rows += batch.spoiled_rows
         for part in self.in_flight.pop_newest():
             self.memory.forget_prefix(part.request)
@@ -164,6 +177,8 @@ class Scheduler:
             num_prefix_hit_tokens=counters.prefix_hit_tokens,
             num_computed_tokens=counters.computed_tokens,
             num_generated_tokens=counters.generated_tokens,
+            num_proposed_tokens=0 if self.speculation is None else self.speculation.num_proposed,
+            num_accepted_tokens=0 if self.speculation is None else self.speculation.num_accepted,
             num_steps=counters.steps,
             num_restarts=counters.restarts,
         )
@@ -247,33 +262,51 @@ class Scheduler:
     def _take(self, part: ScheduledTokens, place: int, result: StepResult) -> EngineOutput | None:
         """What a step brought for one sequence; None if it is nothing that anybody waits for."""
         request, token = part.request, result.token_ids[place]
-        if token is not None:
-            request.append(token, max_model_len=self.limits.max_model_len)
-            self._counters.generated_tokens += 1
+        num_accepted = result.num_accepted.get(place, 0)
+        num_rejected = len(part.proposed) - num_accepted
+        new_tokens = self._append(request, [*part.proposed[:num_accepted], *([] if token is None else [token])])
         if place in result.errors:
-            logger.error("request %s ended: %s", request.request_id, result.errors[place])
             self.memory.forget_prefix(request)
             self._spoiled_rows.append(request.held_row)
-            request.finish(FinishReason.ABORT)
+            if part.proposed:
+                num_rejected += 1  # what comes before the spoiled ones is computed anew, alone
+            else:
+                logger.error("request %s ended: %s", request.request_id, result.errors[place])
+                request.finish(FinishReason.ABORT)
+        request.num_computed_tokens -= num_rejected
+        if self.speculation is not None and (part.proposed or token is not None):
+            self.speculation.take(part, place, result)
         if request.is_finished:
             self._release(request)
         else:
-            self.memory.drop_unseen(request, part.end)
-            if token is not None:
-                self._sampled[request.held_row] = token
+            self.memory.drop_unseen(request, part.end - num_rejected)
+            if new_tokens:
+                self._sampled[request.held_row] = new_tokens
         prompt_logprobs = _unsent(part, result.prompt_logprobs[place]) if place in result.prompt_logprobs else None
-        if token is None and not prompt_logprobs and not request.is_finished:
+        if not new_tokens and not prompt_logprobs and not request.is_finished:
             return None
         logprobs = result.logprobs.get(place)
         return EngineOutput(
             request_id=request.request_id,
-            new_token_ids=[] if token is None else [token],
+            new_token_ids=new_tokens,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
-            logprobs=[logprobs] if logprobs is not None else None,
+            logprobs=None if logprobs is None else logprobs[: len(new_tokens)],
             prompt_logprobs=prompt_logprobs or None,
             num_cached_tokens=request.num_cached_tokens or 0,
+            num_proposed_tokens=len(part.proposed),
+            num_accepted_tokens=num_accepted,
         )
+
+    def _append(self, request: Request, tokens: list[int]) -> list[int]:
+        """Give a request tokens, up to the one that ends it. Returns: those that it took."""
+        for number, token in enumerate(tokens, start=1):
+            request.append(token, max_model_len=self.limits.max_model_len)
+            if request.is_finished:
+                tokens = tokens[:number]
+                break
+        self._counters.generated_tokens += len(tokens)
+        return tokens
 
     def _release(self, request: Request) -> None:
         """Let go of a finished request, and of what it holds unless that is in flight."""

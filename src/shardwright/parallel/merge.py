@@ -81,10 +81,15 @@ def merge(config: EngineConfig, reports: Sequence[WorkerReport]) -> Merged:
         ),
         takes_chunks=all(report.takes_chunks for report in reports),
         reuses_prefixes=all(report.reuses_prefixes for report in reports),
+        can_rewind=all(report.can_rewind for report in reports),
         eos_token_ids=facts.eos_token_ids,
     )
     allocation = Allocation(
-        groups=groups, num_blocks=num_blocks, max_num_seqs=sizes.max_num_seqs, max_model_len=max_model_len
+        groups=groups,
+        num_blocks=num_blocks,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=max_model_len,
     )
     return Merged(info=info, allocation=allocation)
 

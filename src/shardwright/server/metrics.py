@@ -133,6 +133,14 @@ COUNTERS: dict[str, tuple[str, Callable[[SchedulerStats], float]]] = {
         lambda stats: stats.num_prefix_query_tokens,
     ),
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.num_prefix_hit_tokens),
+    "speculative_proposed_tokens": (
+        "Tokens guessed ahead and verified.",
+        lambda stats: stats.num_proposed_tokens,
+    ),
+    "speculative_accepted_tokens": (
+        "Tokens guessed ahead that were right.",
+        lambda stats: stats.num_accepted_tokens,
+    ),
     "preemptions": ("Sequences put back for lack of blocks.", lambda stats: stats.num_preemptions),
     "engine_steps": ("Steps of the engine.", lambda stats: stats.num_steps),
     "engine_restarts": (

@@ -6,18 +6,22 @@ the number of requests. The engine stays the owner: a row is filled anew wheneve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardwright.engine.messages import TokenLogprobs
 from shardwright.worker.batch import Batch, StepResult
+from shardwright.worker.draft import DraftModel
 from shardwright.worker.sampler import Sampler, prompt_logprobs
 from shardwright.worker.sampling_state import SamplingState
-from shardwright.worker.step import Ints, StepModel, StepTables
+from shardwright.worker.step import Ints, StepModel, StepTables, Tables, ranges
+from shardwright.worker.table_rows import TableRows
+from shardwright.worker.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,7 @@ class ModelRunner:
         groups: per cache group that batches name, the place of the model's own; None: it has no layer of that group.
             Default: they are the same.
         samples: whether this rank turns logits into tokens; the others learn them from the batches that follow.
+        draft: makes what proposes tokens to this rank, of the tokens of its rows; None: nothing does.
     """
 
     def __init__(
@@ -63,20 +68,25 @@ class ModelRunner:
         seed: int,
         groups: Sequence[int | None] | None = None,
         samples: bool = True,
+        draft: Callable[[Tables], DraftModel] | None = None,
     ) -> None:
         self._model = model
         self._limits = limits
         self._device = device
         self._samples = samples
-        self._group_places = range(len(model.groups)) if groups is None else groups
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self._token_rows = np.zeros((limits.max_num_seqs, limits.max_model_len), dtype=np.int32)
         self._num_known = np.zeros(limits.max_num_seqs, dtype=np.int64)
+        self._num_computed = np.zeros(limits.max_num_seqs, dtype=np.int64)
+        """Tokens of each row that its last step had computed in the end, proposed ones included."""
         self._num_prompt_logprobs = np.full(limits.max_num_seqs, -1, dtype=np.int64)
         self._num_prompt_tokens = np.zeros(limits.max_num_seqs, dtype=np.int64)
-        self._block_tables = [np.zeros((limits.max_num_seqs, max_blocks), dtype=np.int32) for _ in model.groups]
+        self._block_tables = TableRows(
+            len(model.groups), num_rows=limits.max_num_seqs, max_blocks=max_blocks, places=groups
+        )
         self._sampling = SamplingState(limits.max_num_seqs, limits.vocab_size, device)
         self._sampler = Sampler(seed=seed)
+        self._draft = draft(self._token_rows) if draft is not None else None
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult | None:
@@ -85,16 +95,22 @@ class ModelRunner:
         rows = np.array(batch.rows, dtype=np.int64)
         num_computed = np.array(batch.num_computed, dtype=np.int64)
         num_tokens = np.array(batch.num_tokens, dtype=np.int64)
+        num_proposed = self._write_proposals(batch, rows)
+        self._num_computed[rows] = num_computed + num_tokens
         ends = np.cumsum(num_tokens)
-        samples = np.flatnonzero(num_computed + num_tokens == self._num_known[rows])
+        samples = np.flatnonzero(num_computed + num_tokens - num_proposed == self._num_known[rows])
+        wanted = ends[samples] - 1
+        if batch.proposed:
+            wanted = ranges(wanted - num_proposed[samples], num_proposed[samples] + 1)
         scored = self._scored_prompts(rows, num_computed, num_tokens, ends)
-        wanted, place_of = np.unique(
-            np.concatenate([ends[samples] - 1, *(s.packed_places for s in scored)]), return_inverse=True
-        )
+        if scored:  # else they are in the order of the samples already
+            wanted, place_of = np.unique(
+                np.concatenate([wanted, *(s.packed_places for s in scored)]), return_inverse=True
+            )
         logits = self._model.compute(
             StepTables(
                 token_rows=self._token_rows,
-                block_tables=self._block_tables,
+                block_tables=self._block_tables.tables,
                 rows=rows,
                 num_computed=num_computed,
                 num_tokens=num_tokens,
@@ -103,7 +119,7 @@ class ModelRunner:
         )
         if not self._samples:
             return None
-        if scored:  # else they are in the order of the samples already
+        if scored:
             logits = logits[torch.from_numpy(place_of).to(self._device)]
         return self._result(batch, rows, samples, scored, logits)
 
@@ -113,7 +129,7 @@ class ModelRunner:
             for row in batch.spoiled_rows:
                 self._scrub(row)
             if batch.sampled_rows:
-                self._remember(np.array(batch.sampled_rows), np.array(batch.sampled_token_ids))
+                self._remember_all(np.array(batch.sampled_rows), np.array(batch.sampled_token_ids))
         self._model.release(batch.freed_rows)
         for new in batch.new_rows:
             tokens = np.array(new.token_ids, dtype=np.int32)
@@ -129,12 +145,18 @@ class ModelRunner:
                 output_token_ids=tokens[new.num_prompt_tokens :],
                 stop_token_ids=new.stop_token_ids,
             )
-        for update in batch.table_updates:
-            place = self._group_places[update.group]
-            if place is None:  # layers of this group are on other stages
-                continue
-            table = self._block_tables[place]
-            table[update.row, update.start : update.start + len(update.blocks)] = update.blocks
+        self._block_tables.take_in(batch.table_updates)
+        if self._draft is not None:
+            self._draft.take_in(batch)
+
+    def _write_proposals(self, batch: Batch, rows: Ints) -> Ints:
+        """Write proposed tokens behind those known. Returns: [S]: how many there are."""
+        num_proposed = np.zeros(len(rows), dtype=np.int64)
+        for place, tokens in batch.proposed.items():
+            start = int(self._num_known[rows[place]])
+            self._token_rows[rows[place], start : start + len(tokens)] = tokens
+            num_proposed[place] = len(tokens)
+        return num_proposed
 
     def _scored_prompts(self, rows: Ints, num_computed: Ints, num_tokens: Ints, ends: Ints) -> list[_ScoredPrompt]:
         """What to score for the rows that want prompt log-probabilities."""
@@ -150,24 +172,11 @@ class ModelRunner:
     def _result(
         self, batch: Batch, rows: Ints, samples: Ints, scored: list[_ScoredPrompt], logits: Tensor
     ) -> StepResult:
-        tokens: list[int | None] = [None] * len(batch.rows)
-        logprobs: dict[int, TokenLogprobs] = {}
-        errors: dict[int, str] = {}
-        if len(samples):
-            sampled_rows, sampled_logits = rows[samples], logits[: len(samples)]
-            sampled = self._sampler(sampled_logits, self._sampling, sampled_rows)
-            # Not-a-number wins every argmax, so it is enough to look at the chosen logits.
-            chosen = torch.from_numpy(sampled.token_ids).to(self._device)[:, None]
-            for i in sampled_logits.gather(1, chosen).isnan().flatten().nonzero().flatten().tolist():
-                errors[int(samples[i])] = "the model's logits are not numbers (NaN)"
-                self._scrub(int(sampled_rows[i]))
-            for i, (place, token) in enumerate(zip(samples.tolist(), sampled.token_ids.tolist(), strict=True)):
-                tokens[place] = token
-                if (row_logprobs := sampled.logprobs[i]) is not None:
-                    logprobs[place] = row_logprobs
-            self._remember(sampled_rows, sampled.token_ids)
+        start = len(samples) + sum(map(len, batch.proposed.values()))
+        sampled = self._sample(batch, rows, samples, logits[:start])
+        if not scored:
+            return sampled
         prompt: dict[int, list[TokenLogprobs]] = {}
-        start = len(samples)
         for part in scored:
             row, count = rows[part.place], len(part.packed_places)
             known = self._token_rows[row, part.first + 1 : part.first + 1 + count].astype(np.int64)
@@ -177,11 +186,58 @@ class ModelRunner:
                 int(self._num_prompt_logprobs[row]),
             )
             start += count
-        return StepResult(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt, errors=errors)
+        return msgspec.structs.replace(sampled, prompt_logprobs=prompt)
+
+    def _sample(self, batch: Batch, rows: Ints, samples: Ints, logits: Tensor) -> StepResult:
+        """Give the rows of `samples` their tokens, and let the draft model propose the next ones."""
+        tokens: list[int | None] = [None] * len(batch.rows)
+        if not len(samples):
+            return StepResult(token_ids=tokens, logprobs={}, prompt_logprobs={})
+        places = samples.tolist()
+        got = verify(
+            logits,
+            rows[samples],
+            {i: batch.proposed[place] for i, place in enumerate(places) if place in batch.proposed},
+            sampler=self._sampler,
+            state=self._sampling,
+            take=self._remember,
+        )
+        for place, token in zip(places, got.token_ids.tolist(), strict=True):
+            tokens[place] = token
+        errors = {places[i]: "the model's logits are not numbers (NaN)" for i in got.failed}
+        for place in errors:
+            self._scrub(int(rows[place]))
+            if place in batch.proposed:
+                tokens[place] = None
+        return StepResult(
+            token_ids=tokens,
+            logprobs={places[i]: own for i, own in got.logprobs.items()},
+            prompt_logprobs={},
+            errors=errors,
+            num_accepted={places[i]: count for i, count in got.num_accepted.items()},
+            proposals=self._propose({p: n for p, n in batch.num_to_propose.items() if p not in errors}, rows),
+        )
+
+    def _propose(self, counts: dict[int, int], rows: Ints) -> dict[int, list[int]]:
+        """What the draft model takes to follow next, by place; as many tokens for each as `counts` says."""
+        if self._draft is None or not counts:
+            return {}
+        wanted = rows[list(counts)]
+        proposals = self._draft.propose(
+            wanted, np.array(list(counts.values())), self._num_known[wanted], self._sampler, self._sampling
+        )
+        return dict(zip(counts, proposals, strict=True))
 
     def _scrub(self, row: int) -> None:
-        num_blocks = -(-int(self._num_known[row]) // self._limits.block_size)
-        self._model.scrub([table[row, :num_blocks].astype(np.int64) for table in self._block_tables])
+        num_blocks = -(-int(self._num_computed[row]) // self._limits.block_size)
+        self._model.scrub(self._block_tables.blocks(row, num_blocks))
+
+    def _remember_all(self, rows: Ints, token_ids: Ints) -> None:
+        """Write down tokens, in order; a row may stand there several times."""
+        while len(rows):
+            _, first = np.unique(rows, return_index=True)
+            self._remember(rows[first], token_ids[first])
+            rows, token_ids = np.delete(rows, first), np.delete(token_ids, first)
 
     def _remember(self, rows: Ints, token_ids: Ints) -> None:
         room = self._num_known[rows] < self._token_rows.shape[1]  # a last token at max_model_len ends its sequence

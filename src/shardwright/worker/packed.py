@@ -31,6 +31,9 @@ from shardwright.worker.step import Ints, StepTables, wanted_places
 
 logger = logging.getLogger(__name__)
 
+FEW_TOKENS = 8
+"""Of a sequence in a step: as many as a decode may have that verifies what was guessed ahead."""
+
 
 class PackedModel:
     """Implements StepModel for models whose attention is ours.
@@ -46,6 +49,7 @@ class PackedModel:
 
     takes_chunks = True
     reuses_prefixes = True
+    can_rewind = True
     bytes_per_row = 0
 
     def __init__(
@@ -203,7 +207,7 @@ class PackedModel:
     def _repeats(self, step: StepTables) -> bool:
         """Whether a step can be carried out as recorded; latents are read as by decodes, which is slow for prompts."""
         assert self._program is not None
-        is_known = not self._has_latents or bool(((step.num_tokens == 1) & (step.num_computed > 0)).all())
+        is_known = not self._has_latents or bool(((step.num_tokens <= FEW_TOKENS) & (step.num_computed > 0)).all())
         return is_known and self._program.takes(int(step.num_tokens.sum()), len(step.logits_rows))
 
     def _with_whole_sequences(self, logits: Tensor, step: StepTables, is_whole: list[bool]) -> Tensor:

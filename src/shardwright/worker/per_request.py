@@ -41,6 +41,7 @@ class RecomputingModel:
     rung = AttentionRung.RECOMPUTE
     takes_chunks = False
     reuses_prefixes = False
+    can_rewind = False
     bytes_per_row = 0
     max_step_tokens: int | None = None
 

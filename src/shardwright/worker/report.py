@@ -43,6 +43,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens that its code takes in one step."""
     takes_chunks: bool
     reuses_prefixes: bool
+    can_rewind: bool
     attention_rung: str
     attention_reason: str
     attention_backend: str = ""
@@ -58,6 +59,7 @@ class Allocation(msgspec.Struct, frozen=True, kw_only=True):
     """Of the whole model; table updates name them by their places here."""
     num_blocks: int
     max_num_seqs: int
+    max_num_batched_tokens: int
     max_model_len: int
 
 

@@ -38,31 +38,41 @@ class Sampler:
     """Chooses tokens by the parameters of their rows.
 
     Args:
-        seed: of the noise for sequences that have no seed of their own.
+        seed: of the seeds for sequences that bring none; each gets one when it first samples.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self._keys = np.random.Generator(np.random.PCG64(seed % 2**64))
+        self._seeds = np.random.Generator(np.random.PCG64(seed % 2**64))
 
+    @torch.inference_mode()
     def __call__(self, logits: Tensor, state: SamplingState, rows: Ints) -> SamplerOutput:
-        """Choose the next token of each row; `state` is read only.
+        """Choose the next token of each row; of `state` only missing seeds are changed.
 
         Args:
             logits: [n, vocab], any float dtype; left as they are.
             state: on the device of `logits`.
             rows: [n]: the row of `state` that each row of logits belongs to.
         """
-        with torch.inference_mode():
-            is_random = state.temperature[rows] > 0
-            is_changed = is_random | state.needs_processing(rows)
-            token_ids = np.empty(len(rows), np.int64)
-            if len(plain := np.flatnonzero(~is_changed)):
-                token_ids[plain] = _greedy(_take(logits, plain))
-            if len(changed := np.flatnonzero(is_changed)):
-                token_ids[changed] = self._choose(_take_floats(logits, changed), state, rows[changed])
-            return SamplerOutput(token_ids, _logprobs(logits, token_ids, state, rows))
+        token_ids = self.choose(logits, state, rows)
+        return SamplerOutput(token_ids, _logprobs(logits, token_ids, state, rows))
 
-    def _choose(self, scores: Tensor, state: SamplingState, rows: Ints) -> Ints:
+    def choose(self, logits: Tensor, state: SamplingState, rows: Ints, *, ahead: int = 0) -> Ints:
+        """The tokens alone; arguments as above.
+
+        Args:
+            ahead: tokens that are taken to follow those that `state` knows, before the one to choose. The noise is that
+                of the position behind them; penalties do not know of them.
+        """
+        is_random = state.temperature[rows] > 0
+        is_changed = is_random | state.needs_processing(rows)
+        token_ids = np.empty(len(rows), np.int64)
+        if len(plain := np.flatnonzero(~is_changed)):
+            token_ids[plain] = _greedy(_take(logits, plain))
+        if len(changed := np.flatnonzero(is_changed)):
+            token_ids[changed] = self._choose(_take_floats(logits, changed), state, rows[changed], ahead)
+        return token_ids
+
+    def _choose(self, scores: Tensor, state: SamplingState, rows: Ints, ahead: int) -> Ints:
         """Choose from logits that may be overwritten: [n, vocab], float32."""
         process(scores, state, rows)
         is_random = state.temperature[rows] > 0
@@ -72,16 +82,16 @@ class Sampler:
         if len(random := np.flatnonzero(is_random)):
             random_rows = rows[random]
             temperature = torch.from_numpy(state.temperature[random_rows, None]).to(scores.device)
-            keys = split_keys(self._noise_keys(state, random_rows), scores.device)
+            keys = split_keys(self._noise_keys(state, random_rows, ahead), scores.device)
             drawn = draw(_take(scores, random) / temperature, state.filters(random_rows), keys)
             token_ids[random] = drawn.cpu().numpy()
         return token_ids
 
-    def _noise_keys(self, state: SamplingState, rows: Ints) -> UInt64s:
-        keys = sequence_keys(state.seed[rows], state.num_tokens[rows])
-        unseeded = ~state.has_seed[rows]
-        keys[unseeded] = self._keys.integers(2**64, size=int(unseeded.sum()), dtype=np.uint64)
-        return keys
+    def _noise_keys(self, state: SamplingState, rows: Ints, ahead: int) -> UInt64s:
+        if len(unseeded := rows[~state.has_seed[rows]]):
+            state.seed[unseeded] = self._seeds.integers(-(2**63), 2**63, size=len(unseeded))
+            state.has_seed[unseeded] = True
+        return sequence_keys(state.seed[rows], state.num_tokens[rows] + ahead)
 
 
 def process(scores: Tensor, state: SamplingState, rows: Ints) -> None:

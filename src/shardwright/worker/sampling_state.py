@@ -36,6 +36,7 @@ class SamplingState:
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.min_p = np.zeros(max_num_seqs, np.float32)
         self.has_seed = np.zeros(max_num_seqs, np.bool_)
+        """Rows without one get it from the sampler when they first sample."""
         self.seed = np.zeros(max_num_seqs, np.int64)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         """Of prompt and output together."""

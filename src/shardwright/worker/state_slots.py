@@ -48,6 +48,7 @@ class StateSlotModel:
 
     rung = AttentionRung.STATE
     reuses_prefixes = False
+    can_rewind = False
     max_step_tokens: int | None = None
 
     def __init__(

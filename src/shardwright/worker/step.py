@@ -65,6 +65,9 @@ class StepModel(Protocol):
     """Whether a prompt may come in pieces."""
     reuses_prefixes: bool
     """Whether a prompt may begin after a prefix that another one computed."""
+    can_rewind: bool
+    """Whether tokens may be computed that turn out not to follow: what is computed in their place comes out as if they
+    had never been, and so do the logits before them."""
 
     @property
     def bytes_per_row(self) -> int:
@@ -90,6 +93,12 @@ class StepModel(Protocol):
     def scrub(self, blocks: list[Ints]) -> None:
         """Make blocks (per group) harmless whose content is not finite."""
         ...
+
+
+def ranges(starts: Ints, counts: Ints) -> Ints:
+    """The numbers from each start on, as many as each count says, one range after another."""
+    numbers: Ints = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    return numbers
 
 
 def wanted_places(step: StepTables) -> list[Ints]:

@@ -8,7 +8,8 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ from shardwright.layers.upcast_linear import has_fast_half_products
 from shardwright.loading.load import weight_bytes
 from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.blueprint import Blueprint
+from shardwright.worker.draft import Draft, DraftModel
 from shardwright.worker.fingerprint import fingerprint
 from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget
@@ -36,9 +38,9 @@ from shardwright.worker.model_runner import ModelRunner, RunnerLimits
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
-from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups
+from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups, merged_groups
 from shardwright.worker.self_check import compare_logits, run_largest_step, stepwise_logits
-from shardwright.worker.step import StepModel
+from shardwright.worker.step import StepModel, Tables
 from shardwright.worker.threads import one_thread
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,10 @@ class Worker:
         module = part.module.to(self._device)
         loaded = time.perf_counter()
         self._model = model = adapt(module, blueprint, config, self._device, agree=part.agree)
+        self._draft: Draft | None = None
+        if config.speculative.method == "draft" and placement.samples and model.can_rewind:
+            self._draft = load_draft(config, blueprint, self._device)
+        cached: list[StepModel] = [model] if self._draft is None else [model, self._draft.model]
         if self._device.type == "cuda":  # its peak memory is read off afterwards
             sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
             run_largest_step(
@@ -97,14 +103,15 @@ class Worker:
             host=socket.gethostname(),
             device=str(self._device),
             weight_bytes=weight_bytes(module),
-            num_layers=len(model.layers),
-            groups=model.groups,
+            num_layers=sum(len(one.layers) for one in cached),
+            groups=merged_groups([one.groups for one in cached], [len(one.layers) for one in cached]),
             budget_bytes=kv_cache_budget(config.cache, self._device, num_sharing=placement.num_local),
-            bytes_per_block=model.bytes_per_block(config.cache.block_size),
+            bytes_per_block=sum(one.bytes_per_block(config.cache.block_size) for one in cached),
             bytes_per_row=model.bytes_per_row,
             max_step_tokens=model.max_step_tokens,
             takes_chunks=model.takes_chunks,
             reuses_prefixes=model.reuses_prefixes,
+            can_rewind=model.can_rewind,
             attention_rung=model.rung,
             attention_reason=model.rung_reason,
             attention_backend=attention_kernels(model.layers, config.model, self._device, blueprint.dtype),
@@ -132,6 +139,19 @@ class Worker:
             seed=self._config.model.seed,
             groups=local_groups(allocation.groups, self._model.groups),
             samples=self._placement.samples,
+            draft=None if self._draft is None else partial(self._allocate_draft, self._draft, allocation),
+        )
+
+    def _allocate_draft(self, draft: Draft, allocation: Allocation, token_rows: Tables) -> DraftModel:
+        block_size = self._config.cache.block_size
+        draft.model.allocate(num_rows=allocation.max_num_seqs, num_blocks=allocation.num_blocks, block_size=block_size)
+        return DraftModel(
+            draft,
+            token_rows,
+            num_blocks=allocation.num_blocks,
+            block_size=block_size,
+            most_tokens=allocation.max_num_batched_tokens,
+            groups=local_groups(allocation.groups, draft.model.groups),
         )
 
     @eager
@@ -225,6 +245,29 @@ def adapt(
         raise UnsupportedModelError(f"{name} cannot be served: {exc}") from exc
 
 
+def load_draft(config: EngineConfig, target: Blueprint, device: torch.device) -> Draft:
+    """The model that proposes tokens for another one, without a cache.
+
+    Raises: as a Worker does; ConfigError if it has another vocabulary, or cannot propose.
+    """
+    config = config.of_draft
+    blueprint = Blueprint.of(config.model)
+    if blueprint.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"speculative_model {config.model.model} has a vocabulary of {blueprint.vocab_size:,} tokens but the model "
+            f"has one of {target.vocab_size:,}: a model that drafts must have the same"
+        )
+    blueprint = replace(blueprint, max_model_len=min(blueprint.max_model_len, target.max_model_len))
+    model = adapt(load_part(blueprint, config, ALONE, None).module.to(device), blueprint, config, device)
+    if not model.can_rewind:
+        raise ConfigError(
+            f"speculative_model {config.model.model} is served on rung {model.rung}: what its wrong proposals leave "
+            f"behind cannot be taken back ({model.rung_reason})"
+        )
+    logger.info("tokens are proposed by %s, attention %s", config.model.model, model.rung)
+    return Draft(model=model, max_model_len=blueprint.max_model_len)
+
+
 def _expect_no_padding(module: nn.Module) -> None:
     """Keep Transformers from looking for padding in every step, and from warning of it: there is none."""
     for held in module.modules():
@@ -250,11 +293,12 @@ def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> No
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
     """Let a model's steps be carried out natively, if they can be."""
     sizes = StepSizes.of([model], config.scheduler, blueprint.max_model_len)
+    num_guesses = 0 if config.speculative.method == "none" else config.speculative.step_tokens("cpu")
     problem = model.record(
         num_positions=blueprint.max_model_len,
         vocab_size=blueprint.vocab_size,
         most_tokens=sizes.max_num_batched_tokens,
-        most_rows=sizes.max_num_seqs,
+        most_rows=sizes.max_num_seqs + num_guesses,
     )
     if problem is None:
         logger.debug("steps are recorded, and carried out natively")
