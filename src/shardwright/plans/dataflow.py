@@ -180,9 +180,12 @@ class _Tracer(TorchDispatchMode):
             return result
         written = tensors_in(result)
         parents = tuple(sorted({node for tensor in read for node in self._nodes_of(tensor)}))
+        storages = {_storage(tensor) for tensor in read}
+        for tensor in written:
+            if _storage(tensor) not in storages:
+                self._written.pop(_storage(tensor), None)  # memory that was another's before
         if not parents and self._running is None:
             return result
-        storages = {_storage(tensor) for tensor in read}
         identities = {id(tensor) for tensor in read}
         node = self._node(parents)
         for tensor in written:
@@ -190,8 +193,6 @@ class _Tracer(TorchDispatchMode):
             if id(tensor) in identities:
                 self._written[_storage(tensor)] = node
                 self.writes_between |= self._running is None and bool(self.calls)
-            elif _storage(tensor) not in storages:
-                self._written.pop(_storage(tensor), None)  # memory that was another's before
         return result
 
     def _layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
