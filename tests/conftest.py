@@ -7,6 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # speed is measured in benchmarks
+settings.load_profile("untimed")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each writes the modeling code that it loads
     os.environ["HF_MODULES_CACHE"] = str(Path(tempfile.gettempdir()) / f"shardwright-tests-{os.getuid()}-{worker}")

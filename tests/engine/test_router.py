@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright.cache.prefix import extend_keys
@@ -78,7 +78,6 @@ def test_the_end_of_a_prefix_is_forgotten_before_its_beginning() -> None:
     assert router.num_cached(0, keys_of(list(range(32)))) == 24
 
 
-@settings(deadline=None)  # a collection of garbage may come in between
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(1, 60)), max_size=40), st.integers(0, 20))
 def test_no_more_is_remembered_than_a_cache_has_blocks(notes: list[tuple[int, int, int]], num_blocks: int) -> None:
     router = make_router(num_blocks)
