@@ -29,6 +29,11 @@ class WeightFormat:
         """Whether a group has a minimum beside its scale."""
         return self.bits == 4
 
+    @property
+    def of_heads(self) -> WeightFormat:
+        """What a head that is tied to an embedding is kept in: 8 bits, whatever others are."""
+        return WeightFormat(8, self.group_size)
+
     def num_groups(self, inputs: int) -> int:
         """Of one output with so many inputs."""
         return -(-inputs // self.group_size)

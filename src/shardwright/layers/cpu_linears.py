@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from shardwright.kernels.packed_linear import is_available
+from shardwright.kernels.quantized_weight import QuantizedWeight
 from shardwright.layers.packed_linear import PackedLinear, pack_linears
 from shardwright.layers.quantized_linear import Quantized
 from shardwright.layers.upcast_linear import UpcastLinear, has_fast_half_products, upcast_linears
@@ -17,7 +18,7 @@ def replace_linears(module: nn.Module) -> None:
     """Replace linears in place: packed ones, or where there is no compiler or no memory for them, widened ones."""
     if is_available():
         for held in module.modules():
-            if isinstance(held, Quantized) and held.quantized_weight.codes.ndim == 2:
+            if isinstance(held, Quantized) and isinstance(held.quantized_weight, QuantizedWeight):
                 held.pack()
     is_packed = is_available() and pack_linears(module) > 0
     if not is_packed and not has_fast_half_products():

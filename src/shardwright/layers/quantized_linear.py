@@ -3,9 +3,9 @@
 Only the weights are: inputs, sums and outputs are what they were. A linear is quantized in place when its weights are
 loaded, whole or this rank's part of it; a part that is cut between groups holds the codes of the whole.
 
-Quantized is every linear that has its weight to itself. Left alone are weights that another module has too, such as a
-head tied to the embedding, which would have to be kept twice; embeddings; experts in one stacked tensor; and subclasses
-of nn.Linear, whose forward may do something else.
+Quantized is every linear that has its weight to itself, and where codes are multiplied natively also a head that is
+tied to the embedding, which keeps the weight as it is. Left alone are other weights that several modules have;
+embeddings; experts in one stacked tensor; and subclasses of nn.Linear, whose forward may do something else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shardwright.errors import UnsupportedModelError
 from shardwright.kernels.packed_codes import PackedCodes, coded_linear, pack_codes, unpack_codes
+from shardwright.kernels.packed_linear import is_available
 from shardwright.kernels.quantized_linear import quantized_linear
 from shardwright.kernels.quantized_weight import QuantizedWeight, dequantize, quantize
 from shardwright.layers.parallel import combined
@@ -112,12 +113,25 @@ def quantizable_linears(module: nn.Module) -> dict[str, int]:
     return found
 
 
+def has_packed_codes() -> bool:
+    """Whether codes on the CPU are multiplied natively, which is faster than the weights that they stand for."""
+    return is_available()
+
+
+def tied_heads(module: nn.Module) -> tuple[str, ...]:
+    """Weights of linears that are embeddings too, of a module that is whole, by qualified name."""
+    embeddings = {id(held.weight) for held in module.modules() if isinstance(held, nn.Embedding)}
+    heads = [name for name, held in module.named_modules() if type(held) is nn.Linear and id(held.weight) in embeddings]
+    return tuple(f"{name}.weight" for name in heads)
+
+
 def quantize_linears(module: nn.Module, weights: Iterable[str], format: WeightFormat) -> None:
     """Replace weights of a module by quantized ones, in place, one after another.
 
     Args:
         module: whole or this rank's part of it, with its weights.
-        weights: of the whole module, from `quantizable_linears`; those of other pipeline stages are empty here.
+        weights: of the whole module, from `quantizable_linears` or `tied_heads`; those of other pipeline stages are
+            empty here.
         format: of all of them.
     """
     for name in weights:

@@ -13,7 +13,7 @@ from math import gcd, lcm
 
 from torch import nn
 
-from shardwright.layers.quantized_linear import quantizable_linears
+from shardwright.layers.quantized_linear import quantizable_linears, tied_heads
 from shardwright.plans.groups import Member, Ranges, UnitGroup
 from shardwright.weight_format import WeightFormat
 
@@ -25,6 +25,8 @@ class Quantization:
     format: WeightFormat
     inputs: Mapping[str, tuple[int, int]]
     """By every name of a quantized weight, its dimension of input features, and how many they are."""
+    tied_heads: tuple[str, ...] = ()
+    """Weights that are embeddings too, and as such stay as they are."""
 
     def quantum(self, group: UnitGroup) -> int:
         """How many units of a group have to be dealt together, so that no quantized group is cut."""
@@ -60,7 +62,8 @@ def quantization_of(module: nn.Module, format: WeightFormat | None) -> Quantizat
     if format is None:
         return None
     dims = quantizable_linears(module)
-    return Quantization(format, {name: (dim, module.get_parameter(name).shape[dim]) for name, dim in dims.items()})
+    inputs = {name: (dim, module.get_parameter(name).shape[dim]) for name, dim in dims.items()}
+    return Quantization(format, inputs, tied_heads(module))
 
 
 def most_ranks(group: UnitGroup, quantization: Quantization | None) -> int:

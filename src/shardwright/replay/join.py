@@ -70,4 +70,5 @@ def _share_input(one: Instruction, other: Instruction) -> bool:
     (_, input_one, weight_one, _), (_, input_other, weight_other, _) = one.tensors, other.tensors
     assert weight_one is not None
     assert weight_other is not None
-    return input_one == input_other and weight_one.dtype is weight_other.dtype
+    is_alike = weight_one.dtype is weight_other.dtype and one.values[1:] == other.values[1:]
+    return input_one == input_other and is_alike

@@ -19,7 +19,6 @@ from shardwright.replay.lower_rows import (
     are,
     as_rows,
     linear,
-    linear_of_codes,
     normalize,
     product,
     reduce,
@@ -147,7 +146,7 @@ class Lowering:
         if name == "shardwright::packed_linear":
             return linear(out, *args[:3])
         if name == "shardwright::coded_linear":
-            return self._linear_of_codes(out, *args)
+            return linear(out, *args[:3], *args[4:])
         if name == "mm":
             return self._linear(out, args[0], _turned(args[1]), None)
         if name == "addmm" and not kwargs:
@@ -169,17 +168,6 @@ class Lowering:
             return None
         wide = self.constant(constant_tensor(bias, self._recording).float().contiguous())
         return linear(rows[0], rows[1], self._packed(weight), wide)
-
-    def _linear_of_codes(
-        self, out: Place, value: Place, codes: Place, scales: Place, minimums: Place | None, bias: Place | None,
-        _: int, group_size: int, bits: int,
-    ) -> Lowered:  # fmt: skip
-        tensors = [None if part is None else constant_tensor(part, self._recording) for part in (scales, minimums)]
-        addresses = (
-            0 if tensors[0] is None else tensors[0].data_ptr(),
-            0 if tensors[1] is None else tensors[1].data_ptr(),
-        )
-        return linear_of_codes(out, value, codes, addresses, group_size, bits, bias)
 
     def _packed(self, weight: Place) -> Place:
         if weight not in self._packed_weights:

@@ -72,20 +72,11 @@ def normalize(
     return [Instruction(operation, (out, value, weight, bias), (bits_of(epsilon),))]
 
 
-def linear(out: Place, value: Place, packed: Place, bias: Place | None) -> Lowered:
-    """[M, K] by a packed weight, plus [N] float32."""
-    if not are(FLOATS, out, value, packed):
+def linear(out: Place, value: Place, packed: Place, bias: Place | None, *codes: int) -> Lowered:
+    """[M, K] by a packed weight, plus [N] float32; codes have a group size and bits."""
+    if not are(FLOATS, out, value) or not (codes or are(FLOATS, packed)):
         return None
-    return [Instruction(Operation.LINEAR, (out, value, packed, bias))]
-
-
-def linear_of_codes(
-    out: Place, value: Place, codes: Place, addresses: tuple[int, int], group_size: int, bits: int, bias: Place | None
-) -> Lowered:
-    """As `linear`, for a packed weight of codes; `addresses` are those of its scales and minimums."""
-    if not are(FLOATS, out, value):
-        return None
-    return [Instruction(Operation.LINEAR, (out, value, codes, bias), (0, *addresses, group_size, bits))]
+    return [Instruction(Operation.LINEAR, (out, value, packed, bias), (0, *codes) if codes else ())]
 
 
 def product(out: Place, value: Place, other: Place) -> Lowered:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from shardwright.config import EngineConfig
-from shardwright.layers.quantized_linear import quantize_linears
+from shardwright.layers.quantized_linear import has_packed_codes, quantize_linears
 from shardwright.plans.choose import choose_plan
 from shardwright.plans.dataflow import Dataflow, trace_dataflow
 from shardwright.plans.pipeline import Pipeline, PipelineStage, plan_pipeline
@@ -42,7 +42,9 @@ class ModelPart:
     """Whether all ranks say yes; each asks after the same forward passes, whatever went wrong in them."""
 
 
-def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, peers: Peers | None) -> ModelPart:
+def load_part(
+    blueprint: Blueprint, config: EngineConfig, placement: Placement, peers: Peers | None, device: torch.device
+) -> ModelPart:
     """Load what a rank holds of a model.
 
     Args:
@@ -50,6 +52,7 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
         config: of the engine.
         placement: of the rank.
         peers: the ranks that hold the rest; None: there are none.
+        device: where it will run; it is loaded on the CPU.
 
     Raises: CheckpointError, UnsupportedModelError; PlanError if the model cannot be cut so.
     """
@@ -57,7 +60,7 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
     if peers is None:
         module = blueprint.load(dummy=is_dummy)
         num_parameters = count_parameters(module)
-        _quantize(module, quantization_of(module, config.model.weight_format))
+        _quantize(module, quantization_of(module, config.model.weight_format), device)
         return ModelPart(module=module, architecture=type(module).__name__, num_parameters=num_parameters)
     whole: list[_Whole] = []
 
@@ -73,7 +76,7 @@ def load_part(blueprint: Blueprint, config: EngineConfig, placement: Placement, 
 
     module = blueprint.load(dummy=is_dummy, cut=cut)
     table, pipeline, num_parameters = whole[0].table, whole[0].pipeline, whole[0].num_parameters
-    _quantize(module, whole[0].quantization)
+    _quantize(module, whole[0].quantization, device)
     agree = peers.agree
     if pipeline is not None:
         stage = PipelineStage(module, pipeline, table, placement.stage, source=peers.source, target=peers.target)
@@ -97,9 +100,12 @@ class _Whole:
     num_parameters: int
 
 
-def _quantize(module: nn.Module, quantization: Quantization | None) -> None:
-    if quantization is not None:
-        quantize_linears(module, quantization.inputs, quantization.format)
+def _quantize(module: nn.Module, quantization: Quantization | None, device: torch.device) -> None:
+    if quantization is None:
+        return
+    quantize_linears(module, quantization.inputs, quantization.format)
+    if device.type == "cpu" and has_packed_codes():
+        quantize_linears(module, quantization.tied_heads, quantization.format.of_heads)
 
 
 def give_empty_logits(module: nn.Module) -> None:

@@ -69,7 +69,7 @@ class Worker:
         self._placement = placement
         self._device = resolve_device(config.model.device, placement)
         blueprint = Blueprint.of(config.model)
-        part = load_part(blueprint, config, placement, peers)
+        part = load_part(blueprint, config, placement, peers, self._device)
         module = part.module.to(self._device)
         loaded = time.perf_counter()
         self._model = model = adapt(module, blueprint, config, self._device, agree=part.agree)
@@ -258,7 +258,8 @@ def load_draft(config: EngineConfig, target: Blueprint, device: torch.device) ->
             f"has one of {target.vocab_size:,}: a model that drafts must have the same"
         )
     blueprint = replace(blueprint, max_model_len=min(blueprint.max_model_len, target.max_model_len))
-    model = adapt(load_part(blueprint, config, ALONE, None).module.to(device), blueprint, config, device)
+    part = load_part(blueprint, config, ALONE, None, device)
+    model = adapt(part.module.to(device), blueprint, config, device)
     if not model.can_rewind:
         raise ConfigError(
             f"speculative_model {config.model.model} is served on rung {model.rung}: what its wrong proposals leave "

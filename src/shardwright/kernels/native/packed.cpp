@@ -4,19 +4,19 @@
 
 namespace {
 
-// make(tiles, arranged inputs) gives the weight.
-template <typename X, typename Make>
-void linear(const X* input, const float* bias, X* output, int64_t tokens, int64_t inner, Make make) {
-    lead([&] {
-        const Tiles tiles(tokens);
-        const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
-            for (int64_t k = 0; k < inner; ++k) row[k] = widen(input[token * inner + k]);
-        });
-        const auto product = make(tiles, arranged);
-        multiply(tiles, arranged, inner, &product, 1, [&](int, int64_t token, int64_t feature, int64_t count, float* sums) {
-            X* to = output + token * product.outer + feature;
-            for (int64_t i = 0; i < count; ++i) store(bias ? sums[i] + bias[feature + i] : sums[i], to + i);
-        });
+// Inputs [tokens, inner] as `arrange` and `round_inputs` read them.
+template <typename X>
+auto rows_of(const X* input, int64_t inner) {
+    return [=](int64_t token, int64_t first, int64_t last, float* row) {
+        for (int64_t k = first; k < last; ++k) row[k - first] = widen(input[token * inner + k]);
+    };
+}
+
+template <typename P, typename Inputs, typename X>
+void linear(const Tiles& tiles, const Inputs& inputs, const P& product, const float* bias, X* output) {
+    multiply(tiles, inputs, &product, 1, [&](int, int64_t token, int64_t feature, int64_t count, float* sums) {
+        X* to = output + token * product.outer + feature;
+        for (int64_t i = 0; i < count; ++i) store(bias ? sums[i] + bias[feature + i] : sums[i], to + i);
     });
 }
 
@@ -48,8 +48,11 @@ extern "C" void packed_linear(int64_t is_half_weight, int64_t is_half, const voi
     const auto typed = [&](auto* w, auto* x) {
         using W = std::remove_pointer_t<decltype(w)>;
         using X = std::remove_pointer_t<decltype(x)>;
-        linear(static_cast<const X*>(input), bias, static_cast<X*>(output), tokens, inner,
-               [&](const Tiles&, const float*) { return Product<W>{static_cast<const W*>(weight), outer}; });
+        lead([&] {
+            const Tiles tiles(tokens);
+            const Arranged inputs = arrange(tiles, inner, rows_of(static_cast<const X*>(input), inner));
+            linear(tiles, inputs, Product<W>{static_cast<const W*>(weight), outer}, bias, static_cast<X*>(output));
+        });
     };
     uint16_t* half = nullptr;
     float* whole = nullptr;
@@ -57,19 +60,20 @@ extern "C" void packed_linear(int64_t is_half_weight, int64_t is_half, const voi
     else is_half ? typed(whole, half) : typed(whole, whole);
 }
 
-// As packed_linear, for a weight of codes of 8 or 4 bits; minimums may be null.
-extern "C" void coded_linear(int64_t bits, int64_t is_half, const void* input, const uint8_t* codes, const uint16_t* scales,
-                             const uint16_t* minimums, int64_t group_size, const float* bias, void* output, int64_t tokens, int64_t inner,
-                             int64_t outer) {
-    const auto typed = [&](auto code, auto* x) {
+// As packed_linear, for a weight of codes of 8 or 4 bits.
+extern "C" void coded_linear(int64_t bits, int64_t is_half, const void* input, const uint8_t* panels, int64_t group_size, const float* bias,
+                             void* output, int64_t tokens, int64_t inner, int64_t outer) {
+    const auto typed = [&](auto codes, auto* x) {
+        using Codes = decltype(codes);
         using X = std::remove_pointer_t<decltype(x)>;
-        linear(static_cast<const X*>(input), bias, static_cast<X*>(output), tokens, inner, [&](const Tiles& tiles, const float* arranged) {
-            const float* sums = minimums ? sum_groups(tiles, arranged, inner, group_size) : nullptr;
-            return Coded<decltype(code)>{codes, scales, minimums, outer, group_size, sums};
+        lead([&] {
+            const Tiles tiles(tokens);
+            const Rounded inputs = round_inputs<Codes>(tiles, inner, group_size, rows_of(static_cast<const X*>(input), inner));
+            linear(tiles, inputs, Coded<Codes>{panels, outer}, bias, static_cast<X*>(output));
         });
     };
     uint16_t* half = nullptr;
     float* whole = nullptr;
-    if (bits == 8) is_half ? typed(Int8(), half) : typed(Int8(), whole);
-    else is_half ? typed(Int4(), half) : typed(Int4(), whole);
+    if (bits == 8) is_half ? typed(Codes8(), half) : typed(Codes8(), whole);
+    else is_half ? typed(Codes4(), half) : typed(Codes4(), whole);
 }

@@ -13,7 +13,7 @@
 #include "vector.h"
 
 // Tokens at once: as many sums as fill the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512BW__) || defined(__aarch64__)
 #define TILE 12
 #else
 #define TILE 6
@@ -24,6 +24,8 @@ namespace {
 constexpr int PANEL = 2 * LANES;
 constexpr int64_t AHEAD = 1024;            // bytes between what is read and what is fetched
 constexpr int64_t BLOCK_BYTES = 256 << 10;  // of inputs that stay in the cache while panels go by
+constexpr int64_t ARRANGED = 256;          // features of a token at once
+constexpr int64_t WORTH_ARRANGING = 1 << 12;  // by more than one thread
 
 // Where feature i of a panel lies in its row: so that load_two gives features 0 to LANES - 1 first.
 inline int64_t lane_of(const float*, int64_t i) { return i; }
@@ -109,23 +111,30 @@ struct Tiles {
     int64_t start(int64_t tile) const { return std::min<int64_t>(tile * TILE, tokens); }
 };
 
-// Tokens in the order in which tiles read them: each tile [inner, its tokens]. read(token, row) brings one token's features.
+// Tokens in the order in which tiles read them: each tile [inner, its tokens].
+struct Arranged {
+    const float* data;
+    int64_t inner;
+};
+
+// read(token, first, last, row) brings some of one token's features.
 template <typename Read>
-const float* arrange(const Tiles& tiles, int64_t inner, Read read) {
+Arranged arrange(const Tiles& tiles, int64_t inner, Read read) {
     thread_local std::vector<float> arranged;
     arranged.resize(tiles.tokens * inner);
     float* const all = arranged.data();
-    share(tiles.count, true, [&](int64_t tile) {
-        thread_local std::vector<float> row;
-        row.resize(inner);
+    const int64_t runs = (inner + ARRANGED - 1) / ARRANGED;
+    share(tiles.count * runs, tiles.tokens * inner >= WORTH_ARRANGING, [&](int64_t task) {
+        float row[ARRANGED];
+        const int64_t tile = task / runs, begin = task % runs * ARRANGED, end = std::min(begin + ARRANGED, inner);
         const int64_t first = tiles.start(tile), count = tiles.start(tile + 1) - first;
         for (int64_t t = 0; t < count; ++t) {
-            read(first + t, row.data());
-            float* to = all + first * inner + t;
-            for (int64_t k = 0; k < inner; ++k) to[k * count] = row[k];
+            read(first + t, begin, end, row);
+            float* const to = all + first * inner + begin * count + t;
+            for (int64_t k = 0; k < end - begin; ++k) to[k * count] = row[k];
         }
     });
-    return all;
+    return {all, inner};
 }
 
 // A packed weight.
@@ -133,18 +142,18 @@ template <typename W>
 struct Product {
     const W* weight;
     int64_t outer;
-    void multiply(int64_t panel, int64_t, int64_t tokens, const float* input, int64_t inner, float* sums) const {
-        multiply_tile(tokens, weight + panel * inner * PANEL, input, inner, sums);
+    void multiply(int64_t panel, int64_t first, int64_t tokens, const Arranged& inputs, float* sums) const {
+        multiply_tile(tokens, weight + panel * inputs.inner * PANEL, inputs.data + first * inputs.inner, inputs.inner, sums);
     }
 };
 
 // Products of the same tokens with several weights, cut among threads as one. emit(product, token, first feature, count, sums) takes what
 // comes out: `count` neighbouring features of one token, in a row that it may change.
-template <typename P, typename Emit>
-void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const P* products, int num_products, Emit emit) {
+template <typename P, typename Inputs, typename Emit>
+void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int num_products, Emit emit) {
     int64_t panels = 0;
     for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
-    const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / std::max<int64_t>(inner * TILE * 4, 1));  // tiles
+    const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / std::max<int64_t>(inputs.inner * TILE * 4, 1));  // tiles
     const int64_t blocks = (tiles.count + block - 1) / block;
     share(blocks * panels, true, [&](int64_t i) {
         const int64_t first_tile = i / panels * block, last_tile = std::min(first_tile + block, tiles.count);
@@ -156,7 +165,7 @@ void multiply(const Tiles& tiles, const float* arranged, int64_t inner, const P*
         alignas(64) float sums[TILE * PANEL];
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
             const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-            product.multiply(panel, first, tokens, arranged + first * inner, inner, sums);
+            product.multiply(panel, first, tokens, inputs, sums);
             for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
         }
     });

@@ -352,36 +352,37 @@ bool take_rows(const View& out, const View& table, const View& index) {
     return true;
 }
 
-template <typename P>
-P product_of(const Instruction& in, const Tiles& tiles, const float* arranged, int64_t inner) {
-    const int64_t outer = in.tensor[0].size[1];
-    if constexpr (std::is_same_v<P, Coded<Int8>> || std::is_same_v<P, Coded<Int4>>) {
-        const auto* minimums = reinterpret_cast<const uint16_t*>(in.value[2]);
-        const float* sums = minimums ? sum_groups(tiles, arranged, inner, in.value[3]) : nullptr;
-        return {reinterpret_cast<const uint8_t*>(in.tensor[2].data), reinterpret_cast<const uint16_t*>(in.value[1]), minimums, outer,
-                in.value[3], sums};
-    } else {
-        return {reinterpret_cast<decltype(P::weight)>(in.tensor[2].data), outer};
-    }
-}
-
 // out [M, N] = x [M, K] @ weight.T + bias [N], float32, for instructions that follow each other and have the same x; weights are packed.
-template <typename P>
-void linears(const Instruction* instructions, int count) {
-    const View& x = instructions[0].tensor[1];
-    const int64_t inner = x.size[1];
-    const Tiles tiles(x.size[0]);
-    const float* arranged = arrange(tiles, inner, [&](int64_t token, float* row) {
-        load_row(x.data + token * x.stride[0] * bytes(x.type), x.type, x.stride[1], inner, row);
-    });
+template <typename P, typename Inputs>
+void linears(const Instruction* instructions, int count, const Tiles& tiles, const Inputs& inputs) {
     P products[MOST_JOINED];
-    for (int i = 0; i < count; ++i) products[i] = product_of<P>(instructions[i], tiles, arranged, inner);
-    multiply(tiles, arranged, inner, products, count, [&](int number, int64_t token, int64_t feature, int64_t features, float* sums) {
+    for (int i = 0; i < count; ++i)
+        products[i] = {reinterpret_cast<decltype(P::weight)>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
+    multiply(tiles, inputs, products, count, [&](int number, int64_t token, int64_t feature, int64_t features, float* sums) {
         const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
         if (bias.data)
             for (int64_t i = 0; i < features; ++i) sums[i] += reinterpret_cast<const float*>(bias.data)[feature + i];
         store_row(sums, features, out.data + (token * out.stride[0] + feature * out.stride[1]) * bytes(out.type), out.type, out.stride[1]);
     });
+}
+
+// Products that follow each other and have the same input. Those of codes have a group size and bits.
+void linears(const Instruction* instructions, int count) {
+    const View& x = instructions[0].tensor[1];
+    const int64_t type = instructions[0].tensor[2].type, group_size = instructions[0].value[1], code_bits = instructions[0].value[2];
+    const Tiles tiles(x.size[0]);
+    const auto read = [&](int64_t token, int64_t first, int64_t last, float* row) {
+        load_row(x.data + (token * x.stride[0] + first * x.stride[1]) * bytes(x.type), x.type, x.stride[1], last - first, row);
+    };
+    if (type == U8 && code_bits == 8) {
+        linears<Coded<Codes8>>(instructions, count, tiles, round_inputs<Codes8>(tiles, x.size[1], group_size, read));
+    } else if (type == U8) {
+        linears<Coded<Codes4>>(instructions, count, tiles, round_inputs<Codes4>(tiles, x.size[1], group_size, read));
+    } else {
+        const Arranged inputs = arrange(tiles, x.size[1], read);
+        if (type == BF16) linears<Product<uint16_t>>(instructions, count, tiles, inputs);
+        else linears<Product<float>>(instructions, count, tiles, inputs);
+    }
 }
 
 // out [B, M, N] = a [B, M, K] @ b [B, K, N], small and of any layout.
@@ -469,10 +470,7 @@ int64_t run(const Instruction* instructions, int64_t count, int64_t start, const
                 while (joined < MOST_JOINED && i + joined < count && instructions[i + joined].operation == LINEAR &&
                        instructions[i + joined].value[0])
                     ++joined;
-                if (t[2].type == BF16) linears<Product<uint16_t>>(&in, joined);
-                else if (t[2].type == F32) linears<Product<float>>(&in, joined);
-                else if (in.value[4] == 8) linears<Coded<Int8>>(&in, joined);
-                else linears<Coded<Int4>>(&in, joined);
+                linears(&in, joined);
                 i += joined - 1;
                 break;
             }

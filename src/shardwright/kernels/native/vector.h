@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -83,7 +83,7 @@ inline float largest_of(const float* row, int64_t length) {
 constexpr inline bool is_bfloat16(const float*) { return false; }
 constexpr inline bool is_bfloat16(const uint16_t*) { return true; }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 constexpr int LANES = 16;
 using Vector = __m512;
 inline Vector splat(float value) { return _mm512_set1_ps(value); }
@@ -96,13 +96,6 @@ inline void put(Vector v, float* p) { _mm512_storeu_ps(p, v); }
 inline Vector plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
-
-inline Vector load_signed(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
-inline void load_halves(const uint8_t* p, Vector& low, Vector& high) {
-    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    low = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
-    high = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
-}
 
 // Two vectors of neighbouring weights: of bfloat16, those at even places and those at odd ones, which takes no more than a shift and a mask.
 inline void load_two(const float* p, Vector& first, Vector& second) {
@@ -130,12 +123,6 @@ inline float sum(Vector v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-inline Vector load_signed(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
-inline void load_halves(const uint8_t* p, Vector& low, Vector& high) {
-    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    low = _mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)));
-    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4));
 }
 inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -172,13 +159,6 @@ inline void load_two(const float* p, Vector& first, Vector& second) {
     first = load(p);
     second = load(p + LANES);
 }
-inline Vector load_signed(const int8_t* p) { return Vector{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
-inline void load_halves(const uint8_t* p, Vector& low, Vector& high) {
-    for (int i = 0; i < LANES; ++i) {
-        low[i] = p[i] & 15;
-        high[i] = p[i] >> 4;
-    }
-}
 inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
     Bits both;
     std::memcpy(&both, p, sizeof both);
@@ -187,7 +167,7 @@ inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
 }
 #endif
 
-#if !(defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__)
+#if !(defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512BW__)
 inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
     out[0] = sum(a);
     out[1] = sum(b);
