@@ -29,9 +29,7 @@ UNIT = 4
 LARGEST_BYTE, LARGEST_WORD, LARGEST_SUM = 2**7 - 1, 2**15 - 1, 2**31 - 1
 LARGEST_CODE = 127
 
-LIBRARY.define(
-    "coded_linear(Tensor input, Tensor panels, Tensor? bias, int outer, int group_size, int bits) -> Tensor"
-)
+LIBRARY.define("coded_linear(Tensor input, Tensor panels, Tensor? bias, int outer, int group_size, int bits) -> Tensor")
 
 
 class PackedCodes(NamedTuple):
@@ -66,9 +64,7 @@ def pack_codes(weight: QuantizedWeight) -> PackedCodes:
         for part in (weight.scales, weight.minimums):
             if part is not None:
                 parts.append(pack_weight(part[:, group, None]).view(torch.uint8).view(panels, -1))
-    return PackedCodes(
-        torch.cat(parts, dim=1).view(-1), weight.outputs, weight.inputs, size, 4 if is_small else 8
-    )
+    return PackedCodes(torch.cat(parts, dim=1).view(-1), weight.outputs, weight.inputs, size, 4 if is_small else 8)
 
 
 def unpack_codes(packed: PackedCodes) -> QuantizedWeight:
