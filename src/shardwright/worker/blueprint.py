@@ -24,6 +24,7 @@ from shardwright.models.custom import CustomModel, cast_floats, find_custom
 from shardwright.models.resolve import home_directory, resolve_model
 from shardwright.plans.slices import ShardSlice
 from shardwright.worker.ladder import climb
+from shardwright.worker.no_padding import expect_no_padding
 from shardwright.worker.step import StepModel
 
 DEFAULT_MODEL_LEN = 4096
@@ -134,6 +135,7 @@ class Blueprint:
         """
         if not self.is_large(num_parameters):
             module = self._load_in_float32()
+            expect_no_padding(module)
             loops = ExpertLoops(module)
             model = climb(
                 module,

@@ -82,6 +82,11 @@ class PackedModel:
         self.is_chosen = False
         """Whether it is the rung that serves, not one that is being tried: until then, a failure is one."""
 
+    @property
+    def program(self) -> Program | None:
+        """Its steps as recorded; None if they run the model's code."""
+        return self._program
+
     def bytes_per_block(self, block_size: int) -> int:
         size = bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
         return max(size, 1)  # a pipeline stage may have no attention

@@ -35,6 +35,7 @@ from shardwright.worker.fingerprint import fingerprint
 from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
+from shardwright.worker.no_padding import expect_no_padding
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
@@ -44,8 +45,6 @@ from shardwright.worker.step import StepModel, Tables
 from shardwright.worker.threads import one_thread
 
 logger = logging.getLogger(__name__)
-
-_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
 DEFAULT_BATCHED_TOKENS = 2048
 """Token budget of a step unless told otherwise: keeps matrix products busy, and streams beside it smooth."""
@@ -213,7 +212,7 @@ def adapt(
 ) -> StepModel:
     """The model on its rung, with layers replaced where that is faster. Raises UnsupportedModelError."""
     compute_dtype = blueprint.dtype
-    _expect_no_padding(module)
+    expect_no_padding(module)
     if device.type == "cpu":
         replace_linears(module)
         compute_dtype = torch.float32 if not has_fast_half_products() else blueprint.dtype
@@ -267,13 +266,6 @@ def load_draft(config: EngineConfig, target: Blueprint, device: torch.device) ->
         )
     logger.info("tokens are proposed by %s, attention %s", config.model.model, model.rung)
     return Draft(model=model, max_model_len=blueprint.max_model_len)
-
-
-def _expect_no_padding(module: nn.Module) -> None:
-    """Keep Transformers from looking for padding in every step, and from warning of it: there is none."""
-    for held in module.modules():
-        if hasattr(held, _PADDING_WARNING):
-            setattr(held, _PADDING_WARNING, lambda *_: None)
 
 
 def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> None:
