@@ -83,6 +83,11 @@ class PackedModel:
         """Whether it is the rung that serves, not one that is being tried: until then, a failure is one."""
 
     @property
+    def runs_on_triton(self) -> bool:
+        """Whether Triton's kernels compute its attention, so that others of them can compute more."""
+        return isinstance(self._backend, CapturableBackend)
+
+    @property
     def program(self) -> Program | None:
         """Its steps as recorded; None if they run the model's code."""
         return self._program

@@ -25,6 +25,7 @@ from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
 from shardwright.foreign_errors import described
 from shardwright.layers.cpu_linears import replace_linears
+from shardwright.layers.few_launches import FewLaunches
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products
 from shardwright.loading.load import weight_bytes
@@ -236,6 +237,8 @@ def adapt(
             loops.log()
             if config.model.compile_layers:
                 _compile(model, blueprint, config)
+            elif isinstance(model, PackedModel) and model.runs_on_triton and config.parallel.num_ranks == 1:
+                _launch_less(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
@@ -273,14 +276,46 @@ def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> No
     if not isinstance(model, PackedModel) or not isinstance(model.served, ServedModel):
         logger.warning("layers are not compiled: the model's attention does not go through Transformers' interface")
         return
+    module = model.served.module
+    problem = _exchange(model, lambda: compile_layers(module), blueprint, config)
+    if problem is not None:
+        logger.warning("layers are not compiled: %s", problem)
+
+
+def _launch_less(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
+    """Let kernels of ours compute what they can of a model, if it gives what it gave before."""
+    replaced = FewLaunches(model.served.module)
+    problem = _exchange(model, replaced.apply, blueprint, config)
+    if problem is None:
+        logger.info("computed in one launch each: %d norms", len(replaced.norms))
+    else:
+        logger.warning("norms run the model's own code: %s", problem)
+
+
+def _exchange(
+    model: PackedModel, exchange: Callable[[], Callable[[], None]], blueprint: Blueprint, config: EngineConfig
+) -> str | None:
+    """Exchange parts of a model's code, if it gives what it gave before.
+
+    Args:
+        model: on its rung.
+        exchange: does so, and returns what undoes it.
+        blueprint, config: of the model.
+
+    Returns: why it was undone; None if it was not.
+    """
     sizes = {"vocab_size": blueprint.vocab_size, "block_size": config.cache.block_size}
     expected = stepwise_logits(model, **sizes)
-    undo = compile_layers(model.served.module)
+    undo = exchange()
+    model.is_chosen = False  # what fails now is the exchange, and no reason to do without the cache
     try:
         compare_logits(expected, stepwise_logits(model, **sizes), dtype=blueprint.dtype)
-    except Exception as exc:  # of the compiler, or of code that it does not take
+    except Exception as exc:  # of a compiler, or of code that it does not take
         undo()
-        logger.warning("layers are not compiled: %s", described(exc))
+        return str(exc) if isinstance(exc, UnsupportedModelError) else described(exc)
+    finally:
+        model.is_chosen = True
+    return None
 
 
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:

@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardwright.kernels.triton import attention, cache_rows
+from shardwright.kernels.norm import NormKind
+from shardwright.kernels.triton import attention, cache_rows, norm
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -104,16 +105,19 @@ def launch_all() -> None:
     attend(torch.bfloat16, 128, 576, 512, is_decode=True, extras=False)
     rows, cache = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(8, 3, 64, dtype=torch.bfloat16)
     cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, cache, cache)
+    for dtype, size in ((torch.bfloat16, 4096), (torch.float16, 128), (torch.float32, 20_000)):
+        weight, kind = torch.zeros(size, dtype=dtype), NormKind(True, 1e-5, 1.0, True)
+        norm.norm(torch.zeros(3, size, dtype=dtype), weight, weight, kind)
 
 
 def main() -> None:
     """For the capability that the command line names, such as 90."""
     capability = int(sys.argv[1])
-    modules = (attention.programs, cache_rows.programs)
+    modules = (attention.programs, cache_rows.programs, norm.programs)
     compilers = {}
     for module in modules:
         for name, kernel in list(vars(module).items()):
-            if isinstance(kernel, triton.JITFunction) and not name.startswith("_"):
+            if isinstance(kernel, triton.JITFunction) and kernel.__module__ == module.__name__ and name[0] != "_":
                 compilers[name] = Compiler(kernel, capability)
                 setattr(module, name, compilers[name])
     launch_all()
