@@ -157,3 +157,14 @@ def test_inspect_says_why_steps_are_not_recorded(shardwright: Shardwright) -> No
     assert document["steps"]["recorded"] is False
     assert document["steps"]["reason"]
     assert "steps: run the model's own code: " in shardwright("inspect", "tests.experts.models:capacity").stdout
+
+
+def test_inspect_lists_what_takes_one_launch_on_a_gpu(shardwright: Shardwright, tiny_llama: Path) -> None:
+    result = shardwright("inspect", str(tiny_llama), "--attention-backend", "triton", "--json").json
+    norms = [entry["module"] for entry in result["replaced"] if entry["what"] == "norm"]
+    assert len(norms) == 5
+    assert "model.norm" in norms
+    assert [e["module"] for e in result["replaced"] if e["what"] == "gated"] == [
+        f"model.layers.{i}.mlp" for i in (0, 1)
+    ]
+    assert "native kernels" in result["steps"]["reason"]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from shardwright import LLM, SamplingParams
 from shardwright.attention import triton as backend
+from shardwright.kernels import gated as plain_gated
 from shardwright.kernels import norm as plain_norm
-from shardwright.kernels.triton import norm
+from shardwright.kernels.triton import gated, norm
 
 PROMPTS = [{"prompt_token_ids": prompt} for prompt in ([5, 9, 17], [*range(20, 39)])]
 
@@ -43,9 +44,9 @@ def failing(*args: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
-        (plain_norm.norm, "computed in one launch each: 5 norms"),
-        (doubled, "norms run the model's own code: logits differ"),
-        (failing, "norms run the model's own code: RuntimeError: no such instruction"),
+        (plain_norm.norm, "kernels of our own compute 5 norms and 2 gated activations"),
+        (doubled, "norms and activations run the model's own code: logits differ"),
+        (failing, "norms and activations run the model's own code: RuntimeError: no such instruction"),
     ],
 )
 def test_tokens_are_those_of_the_code(
@@ -53,6 +54,7 @@ def test_tokens_are_those_of_the_code(
 ) -> None:
     caplog.set_level(logging.INFO, logger="shardwright")
     monkeypatch.setattr(norm, "norm", kernel)
+    monkeypatch.setattr(gated, "gated", plain_gated.gated)
     assert generate(tiny_llama, attention_backend="triton") == generate(tiny_llama)
     assert said in caplog.text
     assert "computes whole sequences" not in caplog.text

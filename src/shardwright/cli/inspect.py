@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FLAGS = (
     "task", "revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len",
-    "tp_plan", "pp_plan", "quantization", "quantization_group_size",
+    "tp_plan", "pp_plan", "quantization", "quantization_group_size", "device", "attention_backend",
 )  # fmt: skip
 
 EXAMPLES = examples(
@@ -136,6 +136,7 @@ def describe_quantization(module: nn.Module, format: WeightFormat) -> tuple[dict
 
 def describe_serving(blueprint: Blueprint, config: ModelConfig, *, num_parameters: int) -> dict[str, Any]:
     """How the attention of a model that generates would be captured, and what its cache needs."""
+    from shardwright.worker.together import describe_launches
     from shardwright.worker.worker import attention_kernels, resolve_device
 
     try:
@@ -149,16 +150,19 @@ def describe_serving(blueprint: Blueprint, config: ModelConfig, *, num_parameter
         *state_groups(served, blueprint.config),
     ]
     described = describe_attention(served)
-    described["attention"]["backend"] = attention_kernels(
-        served.layers, config, resolve_device(config.device), blueprint.dtype
-    )
+    device = resolve_device(config.device)
+    backend = attention_kernels(served.layers, config, device, blueprint.dtype)
+    described["attention"]["backend"] = backend
     described["replaced"] += [
         {"module": loop.name, "what": "experts", "by": f"{loop.num_experts} experts at once"}
         for loop in loops
         if not loop.reason
     ]
+    if backend == "triton":
+        grouped = [loop.name for loop in loops if not loop.reason]
+        described["replaced"] += describe_launches(served, without=grouped)
     kept = [{"module": loop.name, "what": "experts", "reason": loop.reason} for loop in loops if loop.reason]
-    steps = look_at_steps(served, blueprint, on_cpu=resolve_device(config.device).type == "cpu")
+    steps = look_at_steps(served, blueprint, device=device, backend=backend)
     return {**described, "kept": kept, "cache_groups": groups or [cache_group("none")], "steps": steps}
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from shardwright.adapt.served_model import ServedModel
@@ -17,12 +18,18 @@ MOST_NAMED = 4
 """Products or runs of one line; the rest are counted."""
 
 
-def look_at_steps(served: StepModel | ServedModel, blueprint: Blueprint, *, on_cpu: bool) -> dict[str, Any]:
-    """What the steps of a captured model are like."""
+def look_at_steps(
+    served: StepModel | ServedModel, blueprint: Blueprint, *, device: torch.device, backend: str
+) -> dict[str, Any]:
+    """What the steps of a captured model are like, attention computed by a back end on a device."""
     from shardwright.worker.together import describe_steps, not_recorded
 
-    if not on_cpu:
-        return not_recorded("that is for CPUs; on a GPU decodes are captured as CUDA graphs")
+    if device.type == "cuda":
+        return not_recorded("recorded are those on CPUs; on a GPU decodes are captured as CUDA graphs")
+    if backend not in ("", "native"):
+        return not_recorded(
+            f"steps are recorded for native kernels, and its attention is computed by those of {backend}"
+        )
     return describe_steps(served, num_positions=blueprint.max_model_len, vocab_size=blueprint.vocab_size)
 
 

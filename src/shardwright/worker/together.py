@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardwright.adapt.served_model import ServedModel
+from shardwright.layers.few_launches import FewLaunches
 from shardwright.replay.passes import passes_of
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.step import StepModel
@@ -47,6 +49,16 @@ def describe_steps(model: StepModel | ServedModel, *, num_positions: int, vocab_
             for run, count in Counter(passes.runs).most_common()
         ],
     }
+
+
+def describe_launches(model: StepModel | ServedModel, *, without: Sequence[str]) -> list[dict[str, str]]:
+    """Modules that our kernels for GPUs would compute; a model that is not run is not looked at."""
+    if not isinstance(model, PackedModel):
+        return []
+    found = FewLaunches(model.served.module, without)
+    norms = [{"module": name, "what": "norm", "by": "one launch"} for name in found.norms]
+    gated = [{"module": name, "what": "gated", "by": "one product and one launch"} for name in found.gated]
+    return norms + gated
 
 
 def not_recorded(reason: str) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def adapt(
             if config.model.compile_layers:
                 _compile(model, blueprint, config)
             elif isinstance(model, PackedModel) and model.runs_on_triton and config.parallel.num_ranks == 1:
-                _launch_less(model, blueprint, config)
+                _launch_less(model, blueprint, config, without=loops.grouped)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
@@ -282,14 +282,14 @@ def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> No
         logger.warning("layers are not compiled: %s", problem)
 
 
-def _launch_less(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:
-    """Let kernels of ours compute what they can of a model, if it gives what it gave before."""
-    replaced = FewLaunches(model.served.module)
-    problem = _exchange(model, replaced.apply, blueprint, config)
+def _launch_less(model: PackedModel, blueprint: Blueprint, config: EngineConfig, *, without: Sequence[str]) -> None:
+    """Let kernels of ours compute what they can of a model but for some modules, if it gives what it gave before."""
+    found = FewLaunches(model.served.module, without)
+    problem = _exchange(model, found.apply, blueprint, config)
     if problem is None:
-        logger.info("computed in one launch each: %d norms", len(replaced.norms))
+        logger.info("kernels of our own compute %d norms and %d gated activations", len(found.norms), len(found.gated))
     else:
-        logger.warning("norms run the model's own code: %s", problem)
+        logger.warning("norms and activations run the model's own code: %s", problem)
 
 
 def _exchange(

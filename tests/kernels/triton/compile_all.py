@@ -16,8 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shardwright.kernels.gated import Activation
 from shardwright.kernels.norm import NormKind
-from shardwright.kernels.triton import attention, cache_rows, norm
+from shardwright.kernels.triton import attention, cache_rows, gated, norm
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -108,12 +109,14 @@ def launch_all() -> None:
     for dtype, size in ((torch.bfloat16, 4096), (torch.float16, 128), (torch.float32, 20_000)):
         weight, kind = torch.zeros(size, dtype=dtype), NormKind(True, 1e-5, 1.0, True)
         norm.norm(torch.zeros(3, size, dtype=dtype), weight, weight, kind)
+        for activation in Activation:
+            gated.gated(torch.zeros(3, size, dtype=dtype), activation)
 
 
 def main() -> None:
     """For the capability that the command line names, such as 90."""
     capability = int(sys.argv[1])
-    modules = (attention.programs, cache_rows.programs, norm.programs)
+    modules = (attention.programs, cache_rows.programs, norm.programs, gated.programs)
     compilers = {}
     for module in modules:
         for name, kernel in list(vars(module).items()):
