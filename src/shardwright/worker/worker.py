@@ -140,6 +140,7 @@ class Worker:
             groups=local_groups(allocation.groups, self._model.groups),
             samples=self._placement.samples,
             draft=None if self._draft is None else partial(self._allocate_draft, self._draft, allocation),
+            has_kernels=self.report.attention_backend == "triton",
         )
 
     def _allocate_draft(self, draft: Draft, allocation: Allocation, token_rows: Tables) -> DraftModel:

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from shardwright.kernels.gated import Activation
 from shardwright.kernels.norm import NormKind
-from shardwright.kernels.triton import attention, cache_rows, gated, norm
+from shardwright.kernels.triton import attention, cache_rows, gated, norm, sample
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -111,12 +111,16 @@ def launch_all() -> None:
         norm.norm(torch.zeros(3, size, dtype=dtype), weight, weight, kind)
         for activation in Activation:
             gated.gated(torch.zeros(3, size, dtype=dtype), activation)
+    ones, keys = torch.ones(2), torch.zeros(2, 2, dtype=torch.int32)
+    for dtype, is_filtered in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
+        logits = torch.zeros(2, 128_256, dtype=dtype)
+        sample.sample(logits, ones, ones.int(), ones, ones, keys, is_filtered=is_filtered)
 
 
 def main() -> None:
     """For the capability that the command line names, such as 90."""
     capability = int(sys.argv[1])
-    modules = (attention.programs, cache_rows.programs, norm.programs, gated.programs)
+    modules = (attention.programs, cache_rows.programs, norm.programs, gated.programs, sample.programs)
     compilers = {}
     for module in modules:
         for name, kernel in list(vars(module).items()):
