@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapt": LEAVES | {"attention", "cache", "layers"},
     "replay": LEAVES | {"adapt", "attention", "cache", "kernels", "layers"},
     "experts": LEAVES | {"adapt", "layers", "replay"},
-    "worker": LEAVES | {"adapt", "attention", "cache", "experts", "layers", "loading", "models", "plans", "replay"},
+    "worker": LEAVES
+    | {"adapt", "attention", "cache", "experts", "kernels", "layers", "loading", "models", "plans", "replay"},
     "parallel": LEAVES | {"cache", "layers", "models", "plans", "worker"},
     "pooling": LEAVES | {"layers", "loading", "models", "worker"},
     "engine": LEAVES | {"worker", "parallel", "pooling", "cache", "models"},
