@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shardwright.cache.spec import CacheGroup, LayerSpec, lane_elements
+from shardwright.kernels.huge_pages import empty_in_huge_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,8 @@ class KVCache:
 def _zeros(num_slots: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu" or not width:
         return torch.zeros(num_slots, width, dtype=dtype, device=device)
-    # Unlike torch.zeros, numpy leaves the zeroing to the system, which does it when a page is first written.
-    memory = torch.from_numpy(np.zeros(num_slots * width * dtype.itemsize, dtype=np.uint8))
-    return memory.view(dtype).view(num_slots, width)
+    # Unlike torch.zeros, this leaves the zeroing to the system, which does it when a page is first written.
+    return empty_in_huge_pages(num_slots * width * dtype.itemsize).view(dtype).view(num_slots, width)
 
 
 def _heads(lane: Tensor, num_heads: int, dim: int) -> Tensor:

@@ -44,16 +44,18 @@ inline void find_slots(const Shape& shape, const int32_t* table, int64_t first, 
     }
 }
 
-// Scores of the positions that one query sees, its own the last, become weights that add up to 1, or to less with a sink.
-inline void weigh(const Shape& shape, const Extras& extras, float* row, int64_t length) {
+// Scores row[first] to row[last] of the positions that one query sees, its own the last, become weights, and all others of the row's
+// `width` numbers 0. Returns the factor by which they add up to 1, or to less with a sink.
+inline float weigh(const Shape& shape, const Extras& extras, float* row, int64_t first, int64_t last, int64_t width) {
     if (shape.softcap > 0)
-        for (int64_t i = 0; i < length; ++i) row[i] = std::tanh(row[i] / shape.softcap) * shape.softcap;
+        for (int64_t i = first; i <= last; ++i) row[i] = std::tanh(row[i] / shape.softcap) * shape.softcap;
     if (extras.bias)
-        for (int64_t i = 0; i < length; ++i) row[i] += extras.bias[std::min(length - 1 - i, shape.distances - 1)];
-    const float highest = largest_of(row, length), largest = extras.sinks ? std::max(highest, *extras.sinks) : highest;
-    for (int64_t i = 0; i < length; ++i) row[i] = exponential(row[i] - largest);
-    const float factor = 1.0f / (sum_of(row, length) + (extras.sinks ? exponential(*extras.sinks - largest) : 0.0f));
-    for (int64_t i = 0; i < length; ++i) row[i] *= factor;
+        for (int64_t i = first; i <= last; ++i) row[i] += extras.bias[std::min(last - i, shape.distances - 1)];
+    std::fill(row, row + first, -INFINITY);
+    std::fill(row + last + 1, row + width, -INFINITY);
+    const float highest = largest_of(row, width), largest = extras.sinks ? std::max(highest, *extras.sinks) : highest;
+    for (int64_t i = 0; i < width; ++i) row[i] = exponential_of_score(row[i] - largest);
+    return 1.0f / (sum_of(row, width) + (extras.sinks ? exponential(*extras.sinks - largest) : 0.0f));
 }
 
 }  // namespace

@@ -50,6 +50,7 @@ void attend_rows(const Shape& shape, const Sequences& step, const Context& conte
         low = std::min(low, step.first[token[r]] - context.first);
         high = std::max(high, step.last[token[r]] - context.first);
     }
+    float factors[TILE];
     const int64_t from = low / PANEL, to = high / PANEL + 1, width = (to - from) * PANEL;  // panels that any of them sees
     scratch.resize(count * (shape.key_dim + 2 * width));
     float *wide = scratch.data(), *scores = wide + count * shape.key_dim, *weights = scores + count * width;
@@ -66,9 +67,7 @@ void attend_rows(const Shape& shape, const Sequences& step, const Context& conte
         float* row = scores + r * width;
         const int64_t first = step.first[token[r]] - context.first - from * PANEL;
         const int64_t last = step.last[token[r]] - context.first - from * PANEL;
-        weigh(shape, extras.of(shape, head[r]), row + first, last - first + 1);
-        std::fill(row, row + first, 0.0f);
-        std::fill(row + last + 1, row + width, 0.0f);
+        factors[r] = weigh(shape, extras.of(shape, head[r]), row, first, last, width);
         for (int64_t i = 0; i < width; ++i) weights[i * count + r] = row[i];
     }
     const int64_t rows = context.panels() * PANEL;
@@ -77,7 +76,7 @@ void attend_rows(const Shape& shape, const Sequences& step, const Context& conte
         const int64_t dims = std::min<int64_t>(PANEL, shape.value_dim - v * PANEL);
         for (int64_t r = 0; r < count; ++r)
             for (int64_t d = 0; d < dims; ++d)
-                store(sums[r * PANEL + d], output + (token[r] * heads + head[r]) * shape.value_dim + v * PANEL + d);
+                store(sums[r * PANEL + d] * factors[r], output + (token[r] * heads + head[r]) * shape.value_dim + v * PANEL + d);
     }
 }
 

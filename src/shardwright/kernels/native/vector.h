@@ -34,26 +34,40 @@ inline void store(float value, uint16_t* place) { *place = narrow(value); }
 inline void store(float value, float* place) { *place = value; }
 
 // exp by 2^n * e^r with |r| <= ln 2 / 2 and a polynomial for e^r (Cephes' expf), written so that compilers vectorise it, which takes
-// inlining: left to themselves they call it where it is used often.
-__attribute__((always_inline)) inline float exponential(float x) {
-    const float clamped = std::min(std::max(x, -104.0f), 88.72284f);
-    const float n = std::nearbyint(clamped * 1.44269504f);
-    const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+// inlining: left to themselves they call it where it is used often. Returns e^r.
+__attribute__((always_inline)) inline float exponential_parts(float x, int32_t& whole) {
+    const float n = std::nearbyint(x * 1.44269504f);
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    whole = static_cast<int32_t>(n);
+    return p * r * r + r + 1.0f;
+}
+
+__attribute__((always_inline)) inline float power_of_two(int32_t exponent) {
+    const int32_t bits = (exponent + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+__attribute__((always_inline)) inline float exponential(float x) {
+    int32_t whole;
+    const float part = exponential_parts(std::min(std::max(x, -104.0f), 88.72284f), whole);
     // In two factors: a single one would not hold 2^n for subnormal results or the largest
-    const int32_t whole = static_cast<int32_t>(n), half = whole / 2;
-    const int32_t high_bits = (half + 127) << 23, low_bits = (whole - half + 127) << 23;
-    float high, low;
-    std::memcpy(&high, &high_bits, sizeof high);
-    std::memcpy(&low, &low_bits, sizeof low);
-    const float result = p * high * low;
+    const float result = part * power_of_two(whole / 2) * power_of_two(whole - whole / 2);
     return x > 88.72284f ? INFINITY : x < -104.0f ? 0.0f : x != x ? x : result;
+}
+
+// Of scores below their largest, which become weights: what is smaller than the smallest normal number is 0.
+__attribute__((always_inline)) inline float exponential_of_score(float x) {
+    int32_t whole;
+    const float part = exponential_parts(std::max(x, -87.0f), whole);
+    return x < -87.0f ? 0.0f : part * power_of_two(whole);
 }
 
 // Sums and maxima along a row go on in several lanes: that is faster, and keeps rounding small, as torch's own do.
@@ -65,9 +79,9 @@ inline float sum_of(const float* row, int64_t length) {
     for (; i + ROW_LANES <= length; i += ROW_LANES)
         for (int64_t lane = 0; lane < ROW_LANES; ++lane) lanes[lane] += row[i + lane];
     for (; i < length; ++i) lanes[i % ROW_LANES] += row[i];
-    float total = 0.0f;
-    for (float lane : lanes) total += lane;
-    return total;
+    for (int64_t half = ROW_LANES / 2; half > 0; half /= 2)
+        for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
 }
 
 inline float largest_of(const float* row, int64_t length) {
