@@ -240,6 +240,8 @@ def adapt(
                 _compile(model, blueprint, config)
             elif isinstance(model, PackedModel) and model.runs_on_triton and config.parallel.num_ranks == 1:
                 _launch_less(model, blueprint, config, without=loops.grouped)
+            if config.cache.kv_cache_dtype == "fp8":
+                _store_in_8_bits(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
@@ -317,6 +319,21 @@ def _exchange(
     finally:
         model.is_chosen = True
     return None
+
+
+def _store_in_8_bits(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> None:
+    """Let a model's cache be of 8-bit numbers, and say what that does to its logits. Raises ConfigError."""
+    if not isinstance(model, PackedModel):
+        raise ConfigError(
+            f"kv_cache_dtype is fp8 but the model is served on rung {model.rung}, and keeps its own cache"
+        )
+    if config.parallel.num_ranks > 1:
+        raise ConfigError("kv_cache_dtype is fp8 but that is for one rank alone: nobody has tried it with several")
+    sizes = {"vocab_size": blueprint.vocab_size, "block_size": config.cache.block_size}
+    expected = stepwise_logits(model, **sizes)
+    model.store_in_8_bits()
+    difference = (stepwise_logits(model, **sizes) - expected).square().mean().sqrt() / expected.std()
+    logger.info("keys and values are kept in 8 bits: logits differ by %.2g of their spread", float(difference))
 
 
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:

@@ -24,6 +24,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -61,7 +62,16 @@ class Compiler:
         self.shared_bytes.append(compiled.metadata.shared)
 
 
-def attend(dtype: torch.dtype, group: int, key_dim: int, value_dim: int, *, is_decode: bool, extras: bool) -> None:
+def attend(
+    dtype: torch.dtype,
+    group: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    is_decode: bool,
+    extras: bool,
+    is_small: bool = False,
+) -> None:
     """One layer's attention, its context in splits if it is a decode."""
     is_latent = key_dim > 512
     shape = attention.TileShape.of(
@@ -72,8 +82,9 @@ def attend(dtype: torch.dtype, group: int, key_dim: int, value_dim: int, *, is_d
         is_decode=is_decode,
         values_in_keys=is_latent,
     )
-    keys = torch.zeros(16, 1, key_dim, dtype=dtype)
-    values = keys[..., :value_dim] if is_latent else torch.zeros(16, 1, value_dim, dtype=dtype)
+    stored = torch.float8_e4m3fn if is_small else dtype
+    keys = torch.zeros(16, 1, key_dim, dtype=stored)
+    values = keys[..., :value_dim] if is_latent else torch.zeros(16, 1, value_dim, dtype=stored)
     one, two = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     attention.paged_attention(
         torch.zeros(1, group, key_dim, dtype=dtype),
@@ -104,8 +115,13 @@ def launch_all() -> None:
     attend(torch.float32, 3, 64, 64, is_decode=True, extras=False)
     attend(torch.float32, 4, 128, 128, is_decode=False, extras=False)
     attend(torch.bfloat16, 128, 576, 512, is_decode=True, extras=False)
+    for is_decode in (True, False):
+        attend(torch.bfloat16, 4, 128, 128, is_decode=is_decode, extras=False, is_small=True)
+        attend(torch.float16, 2, 96, 80, is_decode=is_decode, extras=True, is_small=True)
     rows, cache = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(8, 3, 64, dtype=torch.bfloat16)
     cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, cache, cache)
+    small = cache.to(torch.float8_e4m3fn)
+    cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, small, small)
     for dtype, size in ((torch.bfloat16, 4096), (torch.float16, 128), (torch.float32, 20_000)):
         weight, kind = torch.zeros(size, dtype=dtype), NormKind(True, 1e-5, 1.0, True)
         norm.norm(torch.zeros(3, size, dtype=dtype), weight, weight, kind)
