@@ -68,6 +68,7 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
         input += IN_ROWS ? 1 : T;
     };
     int64_t k = 0;
+#pragma GCC unroll 2
     for (; k + CHAINS <= inner; k += CHAINS)
         for (int c = 0; c < CHAINS; ++c) step(c);
     for (; k < inner; ++k) step(0);
