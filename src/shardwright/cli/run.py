@@ -76,9 +76,12 @@ def run(
         check_text(system, "--system")
     announce(f"loading {model}")
     with start_of_process():
+        from shardwright.engine.start import own_process
         from shardwright.llm import LLM
 
-    with LLM(model, **engine) as llm:
+        config = EngineConfig.from_options(model, **engine)
+        own_process(config)
+    with LLM.from_config(config) as llm:
         ready_s = process_age_s()
         check_generates(llm)
         inputs = [as_input(llm, text, chat=chat or system is not None, system=system) for text in texts]

@@ -8,6 +8,7 @@ from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.errors import ConfigError
+from shardwright.foreign_imports import leave_out_training, postpone_compiler
 from shardwright.models.resolve import uses_factory
 
 if TYPE_CHECKING:
@@ -25,8 +26,16 @@ def open_core(config: EngineConfig) -> Core | RemoteCore:
     return RemoteCore(config)
 
 
+def own_process(config: EngineConfig) -> None:
+    """Say, ahead of the core, that this process is there for it alone: it starts sooner with what it then spares."""
+    models = [config.model] if config.speculative.method != "draft" else [config.model, config.of_draft.model]
+    if config.parallel.num_ranks == 1 and not any(uses_factory(m) or m.trust_remote_code for m in models):
+        leave_out_training()
+
+
 def start_core(config: EngineConfig) -> Core:
     """One core, in this process. Raises a UsageError for models and options that do not work."""
+    postpone_compiler()
     if uses_factory(config.model):
         if config.model.task not in ("auto", "generate"):
             raise ConfigError(
