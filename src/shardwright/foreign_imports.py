@@ -1,7 +1,7 @@
 """What PyTorch and Transformers import and a server seldom asks for: put off until it does, or left out.
 
-Two thirds of what Transformers' modeling code takes to import are PyTorch's compiler, sharded tensors and SciPy, with all
-that these import in turn. Of the compiler it needs three decorators, of the rest nothing before a model is trained.
+Two thirds of what Transformers' modeling code takes to import are PyTorch's compiler, sharded tensors and SciPy, with
+all that these import in turn. Of the compiler it needs three decorators, of the rest nothing before a model is trained.
 Where PyTorch or Transformers come to be built otherwise, things are imported as they always were.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from threading import RLock
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo"
@@ -73,8 +73,8 @@ class _Postponed(ModuleType):
         """As torch._dynamo.disable; the function that it makes imports torch._dynamo when it is called."""
         import torch
 
-        if fn is None or type(fn) is type(postpone_compiler):
-            return torch._disable_dynamo(fn, recursive)
+        if fn is None or isinstance(fn, FunctionType):
+            return torch._disable_dynamo(fn, recursive)  # type: ignore[attr-defined]  # PyTorch's own way to put it off
         return self._imported().disable(fn, recursive, **options)
 
     def allow_in_graph(self, fn: Any) -> Any:
@@ -104,7 +104,7 @@ class _Postponed(ModuleType):
                 self.__path__ = spec.submodule_search_locations
                 try:
                     spec.loader.exec_module(self)
-                    self.__class__ = ModuleType
+                    self.__class__ = ModuleType  # type: ignore[assignment]  # it has nothing to add from here on
                 finally:
                     del self._is_coming
                 for function in self.__dict__.pop("_allowed", []):

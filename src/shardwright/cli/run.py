@@ -23,6 +23,7 @@ from shardwright.cli.output import (
     stdout,
 )
 from shardwright.cli.prompts import check_text, read_prompts
+from shardwright.config import EngineConfig
 from shardwright.errors import UsageError
 from shardwright.garbage import start_of_process
 from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
