@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from shardwright.config import EngineConfig
@@ -9,7 +10,7 @@ from shardwright.engine.core import EngineCore
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.errors import ConfigError
 from shardwright.foreign_imports import leave_out_training, postpone_compiler
-from shardwright.models.resolve import uses_factory
+from shardwright.models.resolve import resolve_model, uses_factory
 
 if TYPE_CHECKING:
     from shardwright.engine.remote_core import RemoteCore
@@ -42,11 +43,18 @@ def start_core(config: EngineConfig) -> Core:
                 f"{config.model.model} is code of its own, which is served to generate alone: leave out --task"
             )
         return EngineCore.from_config(config)
-    from shardwright.models.build import load_config
-    from shardwright.models.resolve import resolve_model
-    from shardwright.models.task import resolve_task
+    from shardwright.worker.early_memory import early_memory
 
     path = resolve_model(config.model.model, revision=config.model.revision)
+    with early_memory(config, path):
+        return _core_of(path, config)
+
+
+def _core_of(path: Path, config: EngineConfig) -> Core:
+    """The core for a model's directory."""
+    from shardwright.models.build import load_config
+    from shardwright.models.task import resolve_task
+
     model_config = load_config(path, trust_remote_code=config.model.trust_remote_code)
     task = resolve_task(config.model.task, model_config, path)
     if task == "generate":
