@@ -7,8 +7,9 @@ import sys
 
 SCRIPT = """
 import sys
-from shardwright.foreign_imports import compiler_off, leave_out_training, postpone_compiler
+from shardwright.foreign_imports import compiler_off, leave_out_training, load_torch_ahead, postpone_compiler
 
+load_torch_ahead()
 leave_out_training()
 postpone_compiler()
 import torch

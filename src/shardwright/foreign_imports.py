@@ -7,12 +7,15 @@ Where PyTorch or Transformers come to be built otherwise, things are imported as
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from threading import RLock
+from pathlib import Path
+from threading import RLock, Thread
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -112,6 +115,26 @@ class _Postponed(ModuleType):
                 if self.__dict__.get("num_off"):
                     self.set_stance("force_eager")
             return self
+
+
+def load_torch_ahead() -> None:
+    """Begin to load PyTorch's libraries in the background: a quarter of a second in which Python can import others.
+
+    The system's own function is called, as it is the one way to load a library without holding up Python. What cannot
+    be loaded so is left to `import torch`.
+    """
+    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None or sys.platform != "linux":
+        return
+    libraries = Path(spec.origin).parent / "lib"
+    load = ctypes.CDLL(None).dlopen
+    load.restype = ctypes.c_void_p
+
+    def run() -> None:
+        for name, scope in (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch_python.so", os.RTLD_LOCAL)):
+            load(os.fsencode(libraries / name), os.RTLD_NOW | scope)
+
+    Thread(target=run, name="torch", daemon=True).start()
 
 
 def leave_out_training() -> None:

@@ -28,7 +28,7 @@ from shardwright.engine.messages import (
     Shutdown,
 )
 from shardwright.engine.pooling_core import PoolingCore
-from shardwright.engine.start import Core, own_process, start_core
+from shardwright.engine.start import Core, early_start, own_process, start_core
 from shardwright.errors import ShardwrightError
 from shardwright.garbage import start_of_process
 from shardwright.models.registry import Registration, adopt
@@ -70,7 +70,8 @@ def run_core_process(
         adopt(registration)
         with start_of_process():
             own_process(config)
-            core = start_core(config)
+            with early_start(config):
+                core = start_core(config)
         channel.send(Ready(core.info))
         _serve(core, channel)
     except BaseException as exc:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.errors import ConfigError
-from shardwright.foreign_imports import leave_out_training, postpone_compiler
+from shardwright.foreign_imports import leave_out_training, load_torch_ahead, postpone_compiler
 from shardwright.models.resolve import resolve_model, uses_factory
 
 if TYPE_CHECKING:
@@ -31,7 +32,23 @@ def own_process(config: EngineConfig) -> None:
     """Say, ahead of the core, that this process is there for it alone: it starts sooner with what it then spares."""
     models = [config.model] if config.speculative.method != "draft" else [config.model, config.of_draft.model]
     if config.parallel.num_ranks == 1 and not any(uses_factory(m) or m.trust_remote_code for m in models):
+        load_torch_ahead()
         leave_out_training()
+
+
+@contextmanager
+def early_start(config: EngineConfig) -> Iterator[None]:
+    """Begin what takes its time and needs no model yet, for a core that is started in this process while this is open.
+
+    Raises: ModelSourceError if the model's directory cannot be had.
+    """
+    with ExitStack() as stack:
+        if not uses_factory(config.model):
+            postpone_compiler()
+            from shardwright.worker.early_memory import early_memory
+
+            stack.enter_context(early_memory(config, resolve_model(config.model.model, revision=config.model.revision)))
+        yield
 
 
 def start_core(config: EngineConfig) -> Core:
@@ -43,18 +60,10 @@ def start_core(config: EngineConfig) -> Core:
                 f"{config.model.model} is code of its own, which is served to generate alone: leave out --task"
             )
         return EngineCore.from_config(config)
-    from shardwright.worker.early_memory import early_memory
-
-    path = resolve_model(config.model.model, revision=config.model.revision)
-    with early_memory(config, path):
-        return _core_of(path, config)
-
-
-def _core_of(path: Path, config: EngineConfig) -> Core:
-    """The core for a model's directory."""
     from shardwright.models.build import load_config
     from shardwright.models.task import resolve_task
 
+    path = resolve_model(config.model.model, revision=config.model.revision)
     model_config = load_config(path, trust_remote_code=config.model.trust_remote_code)
     task = resolve_task(config.model.task, model_config, path)
     if task == "generate":
