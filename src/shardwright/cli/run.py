@@ -82,7 +82,8 @@ def run(
 
         config = EngineConfig.from_options(model, **engine)
         own_process(config)
-    with LLM.from_config(config) as llm:
+        engine_of_model = LLM.from_config(config)
+    with engine_of_model as llm:
         ready_s = process_age_s()
         check_generates(llm)
         inputs = [as_input(llm, text, chat=chat or system is not None, system=system) for text in texts]
