@@ -46,3 +46,10 @@ def test_too_small_a_reserve_is_given_back() -> None:
     reserve(SIZE)
     release()
     assert reserved_bytes() == 0
+
+
+def test_little_memory_leaves_a_reserve_alone() -> None:
+    reserve(SIZE)
+    assert not empty_in_huge_pages(PAGE_BYTES - 1).any()
+    assert reserved_bytes() == SIZE
+    release()

@@ -75,11 +75,12 @@ def reserved_bytes() -> int:
 
 
 def empty_in_huge_pages(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 zeros on the CPU, begun at a page; in ordinary ones where the system has no others.
+    """[num_bytes] uint8 zeros on the CPU, begun at a page; in ordinary ones where the system has no others, or for less
+    than a page.
 
     They are those that were reserved, if these suffice.
     """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_bytes, dtype=torch.uint8)
     if _reserved and num_bytes <= reserved_bytes():
         return _reserved.pop().take(num_bytes)
