@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import psutil
 
-from shardwright.kernels.huge_pages import PAGE_BYTES, Reserve, empty_in_huge_pages, release, reserve, reserved_bytes
+from shardwright.kernels.huge_pages import (
+    PAGE_BYTES,
+    Reserve,
+    empty_in_huge_pages,
+    release,
+    reserve,
+    reserved_bytes,
+    touch_ahead,
+)
 
 SIZE = 24 * PAGE_BYTES
 
@@ -53,3 +63,25 @@ def test_little_memory_leaves_a_reserve_alone() -> None:
     assert not empty_in_huge_pages(PAGE_BYTES - 1).any()
     assert reserved_bytes() == SIZE
     release()
+
+
+def test_pages_that_are_touched_ahead_keep_what_is_in_them() -> None:
+    memories = [empty_in_huge_pages(size) for size in (3 * PAGE_BYTES, 100, PAGE_BYTES)]
+    for number, memory in enumerate(memories):
+        memory.fill_(number + 1)
+    touch_ahead(memories)
+    for thread in threading.enumerate():
+        if thread.name == "memory":
+            thread.join()
+    assert [memory.unique().tolist() for memory in memories] == [[1], [2], [3]]
+
+
+def test_pages_are_there_once_they_are_touched_ahead() -> None:
+    process, memory = psutil.Process(), empty_in_huge_pages(SIZE)
+    before = process.memory_info().rss
+    touch_ahead([memory])
+    for thread in threading.enumerate():
+        if thread.name == "memory":
+            thread.join()
+    assert PAGE_BYTES // 2 <= process.memory_info().rss - before < SIZE
+    assert not memory.any()
