@@ -58,9 +58,8 @@ def native_library(name: str) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, compiler: str) -> Path:
     """The shared library of a source file, compiled unless the cache has it. Raises OSError or SubprocessError."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     sources = [source.read_bytes(), *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
-    identity = b"\0".join([*sources, version, " ".join(FLAGS).encode(), _processor().encode()])
+    identity = b"\0".join([*sources, _version(compiler), " ".join(FLAGS).encode(), _processor().encode()])
     directory = cache_directory() / "kernels"
     library = directory / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if library.exists():
@@ -85,6 +84,12 @@ def _openmp_flags() -> list[str]:
     return [str(libraries[0]), f"-Wl,-rpath,{libraries[0].parent}"] if libraries else ["-fopenmp"]
 
 
+@functools.cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+
+
+@functools.cache
 def _processor() -> str:
     """What -march=native depends on."""
     try:
