@@ -22,6 +22,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "pt", "dummy"]
 Quantization = Literal["none", "int8", "int4"]
 Policy = Literal["fcfs", "priority"]
+KVCacheType = Literal["auto", "fp8"]
 Task = Literal["auto", "generate", "embed", "classify"]
 PoolingType = Literal["auto", "mean", "cls", "last"]
 ExecutorBackend = Literal["auto", "inline", "mp", "ray"]
@@ -148,6 +149,10 @@ class CacheConfig:
     """Memory for keys and values."""
 
     block_size: int = option(16, "Tokens per block of the KV cache.")
+    kv_cache_dtype: KVCacheType = option(
+        "auto",
+        "Type of keys and values in the cache: auto (the model's) or fp8 (e4m3, 8 bits; by Triton's kernels alone).",
+    )
     kv_cache_memory_bytes: int | None = option(
         None, "Memory for the KV cache, e.g. 2GiB; default: measured from what is free once the model is loaded."
     )
@@ -158,6 +163,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "block_size", "kv_cache_memory_bytes")
+        check_choice(self, "kv_cache_dtype", ("auto", "fp8"))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization} but must be over 0 and at most 1"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.kv_cache import FLOAT8, KVCache
 from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind, group_layers, lane_elements
 
 BLOCK_SIZE = 4
@@ -18,9 +19,9 @@ LAYERS = [
 ]
 
 
-def make_cache(num_blocks: int = 10) -> KVCache:
+def make_cache(num_blocks: int = 10, dtype: torch.dtype = torch.float32) -> KVCache:
     return KVCache(
-        LAYERS, group_layers(LAYERS), num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32,
+        LAYERS, group_layers(LAYERS), num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype,
         device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -56,18 +57,36 @@ def test_gather_gives_whole_blocks_in_the_order_asked_for() -> None:
     assert values[:, 1, 7].tolist() == [-3.0] * 4 + [-1.0] * 4
 
 
-def test_scrub_mends_the_blocks_named_and_no_others() -> None:
-    cache = make_cache()
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])
+def test_scrub_mends_the_blocks_named_and_no_others(dtype: torch.dtype) -> None:
+    cache = make_cache(dtype=dtype)
     for block in (1, 2):
         keys, values = torch.ones(4, 2, 8), torch.ones(4, 2, 8)
         keys[1, 0, 3], values[2, 1, 5] = float("nan"), float("inf")
         cache.layers[0].write(slots(block), keys, values)
     cache.scrub(torch.tensor([2]))
     keys, values = cache.layers[0].gather(torch.tensor([2]))
-    assert keys.isfinite().all()
-    assert values.isfinite().all()
+    assert keys.float().isfinite().all()
+    assert values.float().isfinite().all()
     assert keys[0, 0, 0] == 1
-    assert cache.layers[0].gather(torch.tensor([1]))[0].isnan().sum() == 1
+    assert cache.layers[0].gather(torch.tensor([1]))[0].float().isnan().sum() == 1
+
+
+def test_in_8_bits_large_numbers_are_the_largest() -> None:
+    cache = make_cache(dtype=FLOAT8)
+    keys = torch.tensor([1000.0, -1000.0, 1.06, 0.0]).repeat(4)[None].expand(4, -1).reshape(4, 2, 8)
+    cache.layers[0].write(slots(1), keys, -keys)
+    stored_keys, stored_values = cache.layers[0].gather(torch.tensor([1]))
+    assert stored_keys[0, 0, :4].tolist() == [448, -448, 1, 0]
+    assert torch.equal(stored_values.float(), -stored_keys.float())
+
+
+def test_random_numbers_fill_a_cache_of_8_bits() -> None:
+    cache = make_cache(dtype=FLOAT8)
+    cache.fill(seed=0)
+    numbers = cache.layers[0].gather(torch.arange(10))[0].float()
+    assert numbers.isfinite().all()
+    assert 0.9 < numbers.std() < 1.1
 
 
 def test_a_cache_of_latents_alone_has_no_memory_for_values() -> None:

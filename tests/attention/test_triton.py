@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.attention.steps import Heads, make_latent_step, make_step, random_bias, random_projection
 
 from shardwright.attention.batched import BatchedBackend
+from shardwright.attention.kv_cache import FLOAT8, LayerCache, stored
 from shardwright.attention.layout import AttentionParams
 from shardwright.attention.reference import ReferenceBackend
 from shardwright.attention.triton import TritonBackend
@@ -131,6 +133,20 @@ def test_latents_equal_the_reference(
     params = parameters(2 * group, **extras)
     expected = step.run(ReferenceBackend(block_size=4), visibility, params)
     torch.testing.assert_close(step.run(backend(4), visibility, params), expected, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_8_bits_are_read_as_the_reference_reads_them(dtype: torch.dtype) -> None:
+    step = make_step(
+        [(70, 1), (0, 20), (9, 3)], Heads(2, 3, 24, 12), block_size=5, visibility=Visibility(), dtype=dtype
+    )
+    rows = (stored(rows, FLOAT8) for rows in (step.layer.keys_NKD, step.layer.values_NKV))
+    step = dataclasses.replace(step, layer=LayerCache(*rows, block_size=5))
+    params = parameters(6, softcap=None, has_sinks=True, num_distances=0)
+    expected = step.run(ReferenceBackend(block_size=5), Visibility(), params)
+    actual = step.run(backend(5), Visibility(), params)
+    assert actual.dtype is dtype
+    torch.testing.assert_close(actual, expected, atol=DTYPES[dtype], rtol=DTYPES[dtype])
 
 
 def test_what_nobody_sees_may_be_anything() -> None:

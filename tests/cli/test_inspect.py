@@ -14,6 +14,8 @@ from transformers import RobertaForMaskedLM
 if TYPE_CHECKING:
     from tests.cli.conftest import Result
 
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATED = ("mlp.gate_proj", "mlp.up_proj")
 Shardwright: TypeAlias = "Callable[..., Result]"
 
 
@@ -136,3 +138,33 @@ def test_inspect_lists_what_is_quantized(shardwright: Shardwright, tiny_llama: P
     text = shardwright("inspect", str(tiny_llama), "--quantization", "int4").stdout
     assert re.search(r"o_proj: Linear.*<- rowwise; int4 in groups of 32 \(2\)$", text, flags=re.MULTILINE)
     assert f"quantized: {len(linears)} linears, int4 in groups of 32; " in text
+
+
+def test_inspect_lists_what_is_computed_together(shardwright: Shardwright, tiny_llama: Path) -> None:
+    steps = shardwright("inspect", str(tiny_llama), "--json").json["steps"]
+    assert steps["recorded"]
+    layers = [[f"model.layers.{i}.{part}" for part in parts] for i in range(2) for parts in (QKV, GATED)]
+    assert steps["products"] == layers
+    assert {"what": "residual + norm", "operations": 7, "count": 4} in steps["runs"]
+    assert steps["layer"]["passes"] < steps["layer"]["operations"]
+    text = shardwright("inspect", str(tiny_llama)).stdout
+    assert "one product: self_attn.q_proj, k_proj, v_proj (2); mlp.gate_proj, up_proj (2)" in text
+    assert "residual + norm (4)" in text
+
+
+def test_inspect_says_why_steps_are_not_recorded(shardwright: Shardwright) -> None:
+    document = shardwright("inspect", "tests.experts.models:capacity", "--json").json
+    assert document["steps"]["recorded"] is False
+    assert document["steps"]["reason"]
+    assert "steps: run the model's own code: " in shardwright("inspect", "tests.experts.models:capacity").stdout
+
+
+def test_inspect_lists_what_takes_one_launch_on_a_gpu(shardwright: Shardwright, tiny_llama: Path) -> None:
+    result = shardwright("inspect", str(tiny_llama), "--attention-backend", "triton", "--json").json
+    norms = [entry["module"] for entry in result["replaced"] if entry["what"] == "norm"]
+    assert len(norms) == 5
+    assert "model.norm" in norms
+    assert [e["module"] for e in result["replaced"] if e["what"] == "gated"] == [
+        f"model.layers.{i}.mlp" for i in (0, 1)
+    ]
+    assert "native kernels" in result["steps"]["reason"]

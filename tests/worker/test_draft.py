@@ -184,7 +184,7 @@ def test_sampled_proposals_use_the_noise_of_the_positions_they_are_for(drafter: 
     for _ in range(4):
         with torch.inference_mode():
             logits = drafter.plain(input_ids=torch.tensor([tokens])).logits[0, -1:]
-        chosen = sampler.choose(logits, state, np.array([0]))
+        chosen = sampler.choose(logits, state, np.array([0])).token_ids
         state.append(np.array([0]), chosen)
         tokens.append(int(chosen[0]))
     assert proposed == tokens[len(FIRST) :]

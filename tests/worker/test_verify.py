@@ -66,7 +66,7 @@ class Sequences:
         proposals: list[list[int]] = [[] for _ in rows]
         for ahead in range(num):
             logits = torch.stack([model(self.tokens[row] + proposals[row]) for row in rows])
-            for row, token in enumerate(self.sampler.choose(logits, self.state, rows, ahead=ahead).tolist()):
+            for row, token in enumerate(self.sampler.choose(logits, self.state, rows, ahead=ahead).token_ids.tolist()):
                 proposals[row].append(token)
         return proposals
 
@@ -139,7 +139,7 @@ def pairs(params: SamplingParams, propose: Callable[[Sequences], list[list[int]]
     while short := [row for row, tokens in enumerate(sequences.tokens) if len(tokens) < 3]:
         logits = torch.stack([target(sequences.tokens[row]) for row in short])
         rows = np.array(short)
-        sequences.take(rows, sequences.sampler.choose(logits, sequences.state, rows))
+        sequences.take(rows, sequences.sampler.choose(logits, sequences.state, rows).token_ids)
     return np.array([tokens[1] * SMALL + tokens[2] for tokens in sequences.tokens])
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from shardwright.cache.spec import CacheGroup, LayerSpec, lane_elements
 from shardwright.kernels.huge_pages import empty_in_huge_pages, touch_ahead
 
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = torch.finfo(FLOAT8).max
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
@@ -25,9 +28,9 @@ class LayerCache:
 
     def write(self, slot_mapping: Tensor, key_TKD: Tensor, value_TKV: Tensor) -> None:
         """Store the step's keys and values; `slot_mapping` is [T], int64."""
-        self.keys_NKD.index_copy_(0, slot_mapping, key_TKD.to(self.keys_NKD.dtype))
+        _bits(self.keys_NKD).index_copy_(0, slot_mapping, _bits(stored(key_TKD, self.keys_NKD.dtype)))
         if not self.values_in_keys:
-            self.values_NKV.index_copy_(0, slot_mapping, value_TKV.to(self.values_NKV.dtype))
+            _bits(self.values_NKV).index_copy_(0, slot_mapping, _bits(stored(value_TKV, self.values_NKV.dtype)))
 
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of whole blocks, one after another: keys [B * block_size, K, D] and values [B * block_size, K, V]."""
@@ -94,7 +97,10 @@ class KVCache:
         """Write random numbers everywhere, as if long sequences had been computed, to look at what is made of them."""
         generator = torch.Generator(self._lanes[0][0].device).manual_seed(seed)
         for rows in (rows for lane in self._lanes for rows in lane):
-            rows.normal_(generator=generator)
+            if rows.dtype is FLOAT8:
+                rows.copy_(torch.empty_like(rows, dtype=torch.float16).normal_(generator=generator))
+            else:
+                rows.normal_(generator=generator)
 
     def scrub(self, blocks: Tensor) -> None:
         """Replace what is not a finite number in these blocks ([B] int64).
@@ -104,7 +110,21 @@ class KVCache:
         """
         for rows in (rows for lane in self._lanes for rows in lane if rows.shape[-1]):
             blocked = rows.view(-1, self._block_size, rows.shape[-1])
-            blocked[blocks] = blocked[blocks].nan_to_num()
+            if rows.dtype is FLOAT8:
+                mended = _bits(blocked)[blocks].view(FLOAT8).half().nan_to_num().to(FLOAT8)
+                _bits(blocked)[blocks] = _bits(mended)
+            else:
+                blocked[blocks] = blocked[blocks].nan_to_num()
+
+
+def stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of some type has them; in 8 bits the largest number is what larger ones become."""
+    return (rows.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8) if dtype is FLOAT8 else rows).to(dtype)
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """Rows as they are taken and put, which torch does not do with numbers of 8 bits: those by their bits."""
+    return rows.view(torch.uint8) if rows.dtype is FLOAT8 else rows
 
 
 def _zeros(num_slots: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -196,7 +196,7 @@ class TritonBackend:
             group=group,
             key_dim=query_THD.shape[2],
             value_dim=value_dim,
-            dtype=cache.keys_NKD.dtype,
+            dtype=query_THD.dtype,
             is_decode=part.is_decode,
             values_in_keys=cache.values_in_keys,
         )

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from shardwright.cli.help import Command, examples
+from shardwright.cli.inspect_steps import look_at_steps, show_steps
 from shardwright.cli.options import Json, Model, engine_flags, with_flags
 from shardwright.cli.output import announce, only_results_on_stdout, print_json, stdout
 from shardwright.config import EngineConfig, ModelConfig
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 FLAGS = (
     "task", "revision", "dtype", "load_format", "weights", "weight_map", "trust_remote_code", "max_model_len",
-    "tp_plan", "pp_plan", "quantization", "quantization_group_size",
+    "tp_plan", "pp_plan", "quantization", "quantization_group_size", "device", "attention_backend",
 )  # fmt: skip
 
 EXAMPLES = examples(
@@ -113,7 +114,7 @@ def look_into(config: EngineConfig) -> tuple[dict[str, Any], Node, ParallelPlan]
         report |= describe_serving(blueprint, config.model, num_parameters=tree.num_parameters)
     else:
         how = {"rung": "none", "reason": "texts are read whole, without a cache"}
-        report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": [], "kept": []}
+        report |= {"attention": how, "cache_groups": [cache_group("none")], "replaced": [], "kept": [], "steps": None}
     if config.model.weight_format is not None:
         quantized, replaced = describe_quantization(module, config.model.weight_format)
         report |= {"quantization": quantized, "replaced": report["replaced"] + replaced}
@@ -135,28 +136,34 @@ def describe_quantization(module: nn.Module, format: WeightFormat) -> tuple[dict
 
 def describe_serving(blueprint: Blueprint, config: ModelConfig, *, num_parameters: int) -> dict[str, Any]:
     """How the attention of a model that generates would be captured, and what its cache needs."""
+    from shardwright.worker.together import describe_launches
     from shardwright.worker.worker import attention_kernels, resolve_device
 
     try:
         served, loops = blueprint.capture(num_parameters=num_parameters)
     except UnsupportedModelError as error:
         rung = "per-request" if blueprint.is_large(num_parameters) else None
-        return {"attention": {"rung": rung, "reason": str(error)}, "cache_groups": [], "replaced": [], "kept": []}
+        how = {"rung": rung, "reason": str(error)}
+        return {"attention": how, "cache_groups": [], "replaced": [], "kept": [], "steps": None}
     groups = [
         *paged_groups(served, element_bytes=blueprint.dtype.itemsize, max_model_len=blueprint.max_model_len),
         *state_groups(served, blueprint.config),
     ]
     described = describe_attention(served)
-    described["attention"]["backend"] = attention_kernels(
-        served.layers, config, resolve_device(config.device), blueprint.dtype
-    )
+    device = resolve_device(config.device)
+    backend = attention_kernels(served.layers, config, device, blueprint.dtype)
+    described["attention"]["backend"] = backend
     described["replaced"] += [
         {"module": loop.name, "what": "experts", "by": f"{loop.num_experts} experts at once"}
         for loop in loops
         if not loop.reason
     ]
+    if backend == "triton":
+        grouped = [loop.name for loop in loops if not loop.reason]
+        described["replaced"] += describe_launches(served, without=grouped)
     kept = [{"module": loop.name, "what": "experts", "reason": loop.reason} for loop in loops if loop.reason]
-    return {**described, "kept": kept, "cache_groups": groups or [cache_group("none")]}
+    steps = look_at_steps(served, blueprint, device=device, backend=backend)
+    return {**described, "kept": kept, "cache_groups": groups or [cache_group("none")], "steps": steps}
 
 
 def describe_attention(served: StepModel | ServedModel) -> dict[str, Any]:
@@ -270,6 +277,8 @@ def show(report: dict[str, Any], tree: Node, plan: ParallelPlan, *, depth: int |
     for reason in dict.fromkeys(entry["reason"] for entry in report["kept"]):
         names = ", ".join(entry["module"] for entry in report["kept"] if entry["reason"] == reason)
         console.print(f"experts: {names} as written: {reason}", markup=False, soft_wrap=True)
+    if report["steps"] is not None:
+        show_steps(console, report["steps"])
     for group in report["cache_groups"]:
         if group["kind"] == "none":
             console.print("cache: none of ours; the model keeps its own, or does without")

@@ -174,6 +174,14 @@ class Lowering:
             self._packed_weights[weight] = self.constant(pack_weight(constant_tensor(weight, self._recording)))
         return self._packed_weights[weight]
 
+    def weights(self) -> dict[int, Tensor]:
+        """The weights that were packed, by the address of the packed one."""
+        constants = self._recording.constants
+        return {
+            constants[packed.storage].data_ptr(): constant_tensor(weight, self._recording)
+            for weight, packed in self._packed_weights.items()
+        }
+
     def _elementwise(self, operation: Operation, out: Place, *inputs: Place | float | bool) -> Lowered:
         places = [self._place(value) for value in inputs]
         dtypes = {place.dtype for place in places}

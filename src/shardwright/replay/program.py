@@ -82,7 +82,10 @@ class Program:
         self._calls: list[Call] = gathered(folded(recording), recording)
         self._uses: list[_CacheUse] = []
         self._host: dict[int, Call] = {}
-        instructions = self._lowered()
+        lowering = Lowering(recording)
+        instructions = self._lowered(lowering)
+        self.weights = lowering.weights()
+        """Of products, by the address of what they are read as; packed by others before, they are not here."""
         self.num_host_calls = len(self._host)
         uses = self._used(instructions)
         instructions = fused(instructions, needed_after(uses, recording.output.storage))
@@ -169,8 +172,11 @@ class Program:
             self._bound(done, num_rows if is_of_rows else num_tokens)()
             done += 1
 
-    def _lowered(self) -> list[Instruction]:
-        lowering = Lowering(self._recording)
+    def listed(self, num_tokens: int) -> npt.NDArray[np.int64]:
+        """The instructions of a step of so many tokens, all of whose logits are wanted; as `encode` has them."""
+        return self._make_list(num_tokens, num_tokens)
+
+    def _lowered(self, lowering: Lowering) -> list[Instruction]:
         instructions: list[Instruction] = []
         for call in self._calls:
             if isinstance(call.function, WriteCache | Attend):

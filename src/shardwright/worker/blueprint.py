@@ -24,6 +24,7 @@ from shardwright.models.build import build_module, load_config, max_positions, r
 from shardwright.models.custom import CustomModel, cast_floats, find_custom
 from shardwright.models.resolve import home_directory, resolve_model
 from shardwright.worker.ladder import climb
+from shardwright.worker.no_padding import expect_no_padding
 from shardwright.worker.step import StepModel
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class Blueprint:
         """
         if not self.is_large(num_parameters):
             module = self._load_in_float32()
+            expect_no_padding(module)
             loops = ExpertLoops(module)
             model = climb(
                 module,

@@ -33,6 +33,11 @@ class Filters:
     min_p: npt.NDArray[np.float32]
     """0: all."""
 
+    def are_narrow(self, vocab: int) -> npt.NDArray[np.bool_]:
+        """Which rows do not keep all of so many tokens."""
+        narrow: npt.NDArray[np.bool_] = (self.top_k < vocab) | (self.top_p < 1) | (self.min_p > 0)
+        return narrow
+
     def take(self, index: npt.NDArray[np.int64]) -> Filters:
         return Filters(self.top_k[index], self.top_p[index], self.min_p[index])
 
@@ -73,7 +78,7 @@ def draw(scores: Tensor, filters: Filters, keys: Tensor) -> Tensor:
     """
     vocab = scores.shape[-1]
     chosen = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
-    is_filtered = (filters.top_k < vocab) | (filters.top_p < 1) | (filters.min_p > 0)
+    is_filtered = filters.are_narrow(vocab)
     free = _index(np.flatnonzero(~is_filtered), scores)
     if len(free):
         chosen[free] = _draw_from_all(scores[free], keys[free])

@@ -20,7 +20,6 @@ from shardwright.worker.sampler import Sampler
 from shardwright.worker.sampling_state import SamplingState
 from shardwright.worker.step import Ints, StepModel, StepTables, Tables
 from shardwright.worker.table_rows import TableRows
-from shardwright.worker.verify import chosen_are_nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +111,8 @@ class DraftModel:
             else:
                 logits = self._compute(here, known + ahead - 1, np.ones_like(known), sampled=True)
                 self._num_tried[here] = ahead
-            chosen = sampler.choose(logits, state, here, ahead=ahead)
-            is_number = ~chosen_are_nan(logits, chosen)
+            choice = sampler.choose(logits, state, here, ahead=ahead)
+            chosen, is_number = choice.token_ids, ~choice.is_nan
             self._scrub(here[~is_number])
             for place, token in zip(going[is_number].tolist(), chosen[is_number].tolist(), strict=True):
                 proposals[place].append(token)

@@ -57,6 +57,7 @@ class ModelRunner:
             Default: they are the same.
         samples: whether this rank turns logits into tokens; the others learn them from the batches that follow.
         draft: makes what proposes tokens to this rank, of the tokens of its rows; None: nothing does.
+        has_kernels: whether Triton's kernels run on the device; else torch's operators choose tokens.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ModelRunner:
         groups: Sequence[int | None] | None = None,
         samples: bool = True,
         draft: Callable[[Tables], DraftModel] | None = None,
+        has_kernels: bool = False,
     ) -> None:
         self._model = model
         self._limits = limits
@@ -85,7 +87,7 @@ class ModelRunner:
             len(model.groups), num_rows=limits.max_num_seqs, max_blocks=max_blocks, places=groups
         )
         self._sampling = SamplingState(limits.max_num_seqs, limits.vocab_size, device)
-        self._sampler = Sampler(seed=seed)
+        self._sampler = Sampler(seed=seed, has_kernels=has_kernels)
         self._draft = draft(self._token_rows) if draft is not None else None
 
     @torch.inference_mode()

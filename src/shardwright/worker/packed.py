@@ -15,11 +15,11 @@ from torch import Tensor
 from shardwright.adapt.intercepted_model import InterceptedModel
 from shardwright.adapt.probe import set_attention
 from shardwright.adapt.served_model import ServedModel
-from shardwright.attention.kv_cache import KVCache
+from shardwright.attention.kv_cache import FLOAT8, KVCache
 from shardwright.attention.layout import AttentionBackend, CapturableBackend
 from shardwright.attention.native import NativeBackend
 from shardwright.cache.spec import bytes_per_block
-from shardwright.errors import UnsupportedModelError
+from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.foreign_errors import described
 from shardwright.replay.program import OutOfRangeError, Program
 from shardwright.replay.record import Recorder, record
@@ -68,7 +68,7 @@ class PackedModel:
         self.max_step_tokens = max_step_tokens
         self._may_recompute = may_recompute
         self._backend = backend
-        self._dtype = dtype
+        self._dtype = self._cache_dtype = dtype
         self._device = device
         self._cache: KVCache | None = None
         self._recomputing: RecomputingModel | None = None
@@ -82,8 +82,19 @@ class PackedModel:
         self.is_chosen = False
         """Whether it is the rung that serves, not one that is being tried: until then, a failure is one."""
 
+    @property
+    def runs_on_triton(self) -> bool:
+        """Whether Triton's kernels compute its attention, so that others of them can compute more."""
+        return isinstance(self._backend, CapturableBackend)
+
+    @property
+    def program(self) -> Program | None:
+        """Its steps as recorded; None if they run the model's code."""
+        return self._program
+
     def bytes_per_block(self, block_size: int) -> int:
-        size = bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=self._dtype.itemsize)
+        element_bytes = self._cache_dtype.itemsize
+        size = bytes_per_block(self.layers, self.groups, block_size=block_size, element_bytes=element_bytes)
         return max(size, 1)  # a pipeline stage may have no attention
 
     def allocate(self, *, num_rows: int, num_blocks: int, block_size: int) -> None:
@@ -92,12 +103,23 @@ class PackedModel:
             self.groups,
             num_blocks=num_blocks,
             block_size=block_size,
-            dtype=self._dtype,
+            dtype=self._cache_dtype,
             device=self._device,
         )
         self._graphs = None  # they write to the cache that was
         if self._program is not None:
             self._program.bind(self._cache)
+
+    def store_in_8_bits(self) -> None:
+        """Keep keys and values as numbers of 8 bits, from the next `allocate` on. Raises ConfigError if it cannot."""
+        asked = "kv_cache_dtype is fp8 but"
+        if not self.runs_on_triton:
+            raise ConfigError(f"{asked} only Triton's kernels read it: use --attention-backend triton, or a GPU")
+        if self._has_latents:
+            raise ConfigError(f"{asked} the model caches latents, for which there is no such cache")
+        if any(spec.is_own for spec in self.layers):
+            raise ConfigError(f"{asked} attention of the model's own code reads what it keeps bit by bit")
+        self._cache_dtype = FLOAT8
 
     def record(self, *, num_positions: int, vocab_size: int, most_tokens: int, most_rows: int) -> str | None:
         """Record the model's steps, to be carried out natively from the next `allocate` on.

@@ -1,9 +1,8 @@
 """From logits to tokens, for all rows of a step at once.
 
 Order: logit bias, penalties, suppressed stop tokens; temperature; top-k, top-p, min-p; one draw. Only rows that need a
-    stage pay for
-it: a step of greedy rows is one argmax. Logits that are not numbers (NaN) give tokens without meaning: that is the
-    runner's to check.
+stage pay for it: a step of greedy rows is one argmax. Logits that are not numbers (NaN) give tokens without meaning:
+these are named, and the rest is the runner's.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shardwright.attention.arrays import on_device
 from shardwright.engine.messages import TokenLogprobs
 from shardwright.kernels.greedy import greedy
 from shardwright.worker.candidates import draw
@@ -27,10 +27,21 @@ __all__ = ["Sampler", "SamplerOutput", "SamplingState", "prompt_logprobs"]
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """One token per row of logits."""
+
+    token_ids: npt.NDArray[np.int64]
+    is_nan: npt.NDArray[np.bool_]
+    """Rows whose logits are not numbers."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplerOutput:
     """One token per row of logits."""
 
     token_ids: npt.NDArray[np.int64]
+    is_nan: npt.NDArray[np.bool_]
+    """Rows whose logits are not numbers."""
     logprobs: list[TokenLogprobs | None]
     """None for rows that did not ask."""
 
@@ -40,9 +51,11 @@ class Sampler:
 
     Args:
         seed: of the seeds for sequences that bring none; each gets one when it first samples.
+        has_kernels: whether Triton's kernels run on the device of the logits, which choose for all rows in one go.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, has_kernels: bool = False) -> None:
+        self._has_kernels = has_kernels
         self._seeds = np.random.Generator(np.random.PCG64(seed % 2**64))
 
     @torch.inference_mode()
@@ -54,16 +67,19 @@ class Sampler:
             state: on the device of `logits`.
             rows: [n]: the row of `state` that each row of logits belongs to.
         """
-        token_ids = self.choose(logits, state, rows)
-        return SamplerOutput(token_ids, _logprobs(logits, token_ids, state, rows))
+        chosen = self.choose(logits, state, rows)
+        logprobs = _logprobs(logits, chosen.token_ids, state, rows)
+        return SamplerOutput(chosen.token_ids, chosen.is_nan, logprobs)
 
-    def choose(self, logits: Tensor, state: SamplingState, rows: Ints, *, ahead: int = 0) -> Ints:
+    def choose(self, logits: Tensor, state: SamplingState, rows: Ints, *, ahead: int = 0) -> Chosen:
         """The tokens alone; arguments as above.
 
         Args:
             ahead: tokens that are taken to follow those that `state` knows, before the one to choose. The noise is that
                 of the position behind them; penalties do not know of them.
         """
+        if self._has_kernels:
+            return self._choose_at_once(logits, state, rows, ahead)
         is_random = state.temperature[rows] > 0
         is_changed = is_random | state.needs_processing(rows)
         token_ids = np.empty(len(rows), np.int64)
@@ -71,7 +87,29 @@ class Sampler:
             token_ids[plain] = greedy(_take(logits, plain))
         if len(changed := np.flatnonzero(is_changed)):
             token_ids[changed] = self._choose(_take_floats(logits, changed), state, rows[changed], ahead)
-        return token_ids
+        return Chosen(token_ids, _chosen_are_nan(logits, token_ids))
+
+    def _choose_at_once(self, logits: Tensor, state: SamplingState, rows: Ints, ahead: int) -> Chosen:
+        """By few launches, after which the device is waited for once; rows with very wide filters are chosen again."""
+        from shardwright.kernels.triton.sample import IS_NAN, IS_OPEN, sample
+
+        if state.needs_processing(rows).any():
+            logits = logits.to(torch.float32, copy=True)
+            process(logits, state, rows)
+        filters, temperature = state.filters(rows), state.temperature[rows]
+        is_random = temperature > 0
+        keys = np.zeros((len(rows), 2), np.int32)
+        keys[is_random] = self._noise_keys(state, rows[is_random], ahead).view(np.int32).reshape(-1, 2)
+        arrays = [temperature, filters.top_k.astype(np.int32), filters.top_p, filters.min_p, keys]
+        is_filtered = is_random & filters.are_narrow(state.vocab_size)
+        given = on_device(arrays, logits.device)
+        chosen = sample(logits, *given, is_filtered=bool(is_filtered.any())).cpu().numpy()
+        token_ids, is_nan = chosen[:, 0].astype(np.int64), chosen[:, 1] & IS_NAN > 0
+        if len(wide := np.flatnonzero((chosen[:, 1] & IS_OPEN > 0) & ~is_nan)):
+            scores = _take_floats(logits, wide) / torch.from_numpy(temperature[wide, None]).to(logits.device)
+            drawn = draw(scores, filters.take(wide), torch.from_numpy(keys[wide]).to(logits.device))
+            token_ids[wide] = drawn.cpu().numpy()
+        return Chosen(token_ids, is_nan)
 
     def _choose(self, scores: Tensor, state: SamplingState, rows: Ints, ahead: int) -> Ints:
         """Choose from logits that may be overwritten: [n, vocab], float32."""
@@ -110,6 +148,13 @@ def process(scores: Tensor, state: SamplingState, rows: Ints) -> None:
         state.penalties.apply(scores, places, rows[places])
     for place in np.flatnonzero(state.needs_more_tokens(rows)):
         scores[place, state.stop_token_ids[int(rows[place])]] = -torch.inf
+
+
+def _chosen_are_nan(logits: Tensor, token_ids: Ints) -> npt.NDArray[np.bool_]:
+    """[n]. Not-a-number wins every argmax, so it is enough to look at the chosen logits."""
+    chosen = torch.from_numpy(token_ids).to(logits.device)[:, None]
+    is_nan: npt.NDArray[np.bool_] = logits.gather(1, chosen).isnan().flatten().cpu().numpy()
+    return is_nan
 
 
 def _take(logits: Tensor, places: Ints) -> Tensor:

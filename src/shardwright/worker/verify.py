@@ -69,7 +69,7 @@ def verify(
     def choose(logits: Tensor, places: Ints) -> tuple[Ints, Bools]:
         """The next token of some sequences, and which of them are none."""
         sampled = sampler(logits, state, rows[places])
-        is_nan = chosen_are_nan(logits, sampled.token_ids)
+        is_nan = sampled.is_nan
         if is_nan.any():
             failed.extend(places[is_nan].tolist())
             take(rows[places[~is_nan]], sampled.token_ids[~is_nan])
@@ -95,13 +95,6 @@ def verify(
         num_accepted[going] += 1
     accepted = {place: int(num_accepted[place]) for place in np.flatnonzero(num_accepted).tolist()}
     return Verified(tokens, accepted, logprobs, failed)
-
-
-def chosen_are_nan(logits: Tensor, token_ids: Ints) -> Bools:
-    """[n]. Not-a-number wins every argmax, so it is enough to look at the chosen logits."""
-    chosen = torch.from_numpy(token_ids).to(logits.device)[:, None]
-    is_nan: Bools = logits.gather(1, chosen).isnan().flatten().cpu().numpy()
-    return is_nan
 
 
 def _packed(proposals: Mapping[int, Sequence[int]], count: int) -> tuple[Ints, Ints]:

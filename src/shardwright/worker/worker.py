@@ -25,6 +25,7 @@ from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
 from shardwright.foreign_errors import described
 from shardwright.layers.cpu_linears import replace_linears
+from shardwright.layers.few_launches import FewLaunches
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products
 from shardwright.loading.load import weight_bytes
@@ -35,6 +36,7 @@ from shardwright.worker.fingerprint import fingerprint
 from shardwright.worker.ladder import climb
 from shardwright.worker.memory import kv_cache_budget
 from shardwright.worker.model_runner import ModelRunner, RunnerLimits
+from shardwright.worker.no_padding import expect_no_padding
 from shardwright.worker.packed import PackedModel
 from shardwright.worker.part import load_part
 from shardwright.worker.placement import ALONE, Peers, Placement
@@ -44,8 +46,6 @@ from shardwright.worker.step import StepModel, Tables
 from shardwright.worker.threads import one_thread
 
 logger = logging.getLogger(__name__)
-
-_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
 DEFAULT_BATCHED_TOKENS = 2048
 """Token budget of a step unless told otherwise: keeps matrix products busy, and streams beside it smooth."""
@@ -140,6 +140,7 @@ class Worker:
             groups=local_groups(allocation.groups, self._model.groups),
             samples=self._placement.samples,
             draft=None if self._draft is None else partial(self._allocate_draft, self._draft, allocation),
+            has_kernels=self.report.attention_backend == "triton",
         )
 
     def _allocate_draft(self, draft: Draft, allocation: Allocation, token_rows: Tables) -> DraftModel:
@@ -213,7 +214,7 @@ def adapt(
 ) -> StepModel:
     """The model on its rung, with layers replaced where that is faster. Raises UnsupportedModelError."""
     compute_dtype = blueprint.dtype
-    _expect_no_padding(module)
+    expect_no_padding(module)
     if device.type == "cpu":
         replace_linears(module)
         compute_dtype = torch.float32 if not has_fast_half_products() else blueprint.dtype
@@ -237,6 +238,10 @@ def adapt(
             loops.log()
             if config.model.compile_layers:
                 _compile(model, blueprint, config)
+            elif isinstance(model, PackedModel) and model.runs_on_triton and config.parallel.num_ranks == 1:
+                _launch_less(model, blueprint, config, without=loops.grouped)
+            if config.cache.kv_cache_dtype == "fp8":
+                _store_in_8_bits(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
             return model
@@ -269,26 +274,66 @@ def load_draft(config: EngineConfig, target: Blueprint, device: torch.device) ->
     return Draft(model=model, max_model_len=blueprint.max_model_len)
 
 
-def _expect_no_padding(module: nn.Module) -> None:
-    """Keep Transformers from looking for padding in every step, and from warning of it: there is none."""
-    for held in module.modules():
-        if hasattr(held, _PADDING_WARNING):
-            setattr(held, _PADDING_WARNING, lambda *_: None)
-
-
 def _compile(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> None:
     """Let a model's layers be compiled, if they give what they gave before."""
     if not isinstance(model, PackedModel) or not isinstance(model.served, ServedModel):
         logger.warning("layers are not compiled: the model's attention does not go through Transformers' interface")
         return
+    module = model.served.module
+    problem = _exchange(model, lambda: compile_layers(module), blueprint, config)
+    if problem is not None:
+        logger.warning("layers are not compiled: %s", problem)
+
+
+def _launch_less(model: PackedModel, blueprint: Blueprint, config: EngineConfig, *, without: Sequence[str]) -> None:
+    """Let kernels of ours compute what they can of a model but for some modules, if it gives what it gave before."""
+    found = FewLaunches(model.served.module, without)
+    problem = _exchange(model, found.apply, blueprint, config)
+    if problem is None:
+        logger.info("kernels of our own compute %d norms and %d gated activations", len(found.norms), len(found.gated))
+    else:
+        logger.warning("norms and activations run the model's own code: %s", problem)
+
+
+def _exchange(
+    model: PackedModel, exchange: Callable[[], Callable[[], None]], blueprint: Blueprint, config: EngineConfig
+) -> str | None:
+    """Exchange parts of a model's code, if it gives what it gave before.
+
+    Args:
+        model: on its rung.
+        exchange: does so, and returns what undoes it.
+        blueprint, config: of the model.
+
+    Returns: why it was undone; None if it was not.
+    """
     sizes = {"vocab_size": blueprint.vocab_size, "block_size": config.cache.block_size}
     expected = stepwise_logits(model, **sizes)
-    undo = compile_layers(model.served.module)
+    undo = exchange()
+    model.is_chosen = False  # what fails now is the exchange, and no reason to do without the cache
     try:
         compare_logits(expected, stepwise_logits(model, **sizes), dtype=blueprint.dtype)
-    except Exception as exc:  # of the compiler, or of code that it does not take
+    except Exception as exc:  # of a compiler, or of code that it does not take
         undo()
-        logger.warning("layers are not compiled: %s", described(exc))
+        return str(exc) if isinstance(exc, UnsupportedModelError) else described(exc)
+    finally:
+        model.is_chosen = True
+    return None
+
+
+def _store_in_8_bits(model: StepModel, blueprint: Blueprint, config: EngineConfig) -> None:
+    """Let a model's cache be of 8-bit numbers, and say what that does to its logits. Raises ConfigError."""
+    if not isinstance(model, PackedModel):
+        raise ConfigError(
+            f"kv_cache_dtype is fp8 but the model is served on rung {model.rung}, and keeps its own cache"
+        )
+    if config.parallel.num_ranks > 1:
+        raise ConfigError("kv_cache_dtype is fp8 but that is for one rank alone: nobody has tried it with several")
+    sizes = {"vocab_size": blueprint.vocab_size, "block_size": config.cache.block_size}
+    expected = stepwise_logits(model, **sizes)
+    model.store_in_8_bits()
+    difference = (stepwise_logits(model, **sizes) - expected).square().mean().sqrt() / expected.std()
+    logger.info("keys and values are kept in 8 bits: logits differ by %.2g of their spread", float(difference))
 
 
 def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> None:

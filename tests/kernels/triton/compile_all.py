@@ -16,12 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardwright.kernels.triton import attention, cache_rows
+from shardwright.kernels.gated import Activation
+from shardwright.kernels.norm import NormKind
+from shardwright.kernels.triton import attention, cache_rows, gated, norm, sample
 
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -59,7 +62,16 @@ class Compiler:
         self.shared_bytes.append(compiled.metadata.shared)
 
 
-def attend(dtype: torch.dtype, group: int, key_dim: int, value_dim: int, *, is_decode: bool, extras: bool) -> None:
+def attend(
+    dtype: torch.dtype,
+    group: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    is_decode: bool,
+    extras: bool,
+    is_small: bool = False,
+) -> None:
     """One layer's attention, its context in splits if it is a decode."""
     is_latent = key_dim > 512
     shape = attention.TileShape.of(
@@ -70,8 +82,9 @@ def attend(dtype: torch.dtype, group: int, key_dim: int, value_dim: int, *, is_d
         is_decode=is_decode,
         values_in_keys=is_latent,
     )
-    keys = torch.zeros(16, 1, key_dim, dtype=dtype)
-    values = keys[..., :value_dim] if is_latent else torch.zeros(16, 1, value_dim, dtype=dtype)
+    stored = torch.float8_e4m3fn if is_small else dtype
+    keys = torch.zeros(16, 1, key_dim, dtype=stored)
+    values = keys[..., :value_dim] if is_latent else torch.zeros(16, 1, value_dim, dtype=stored)
     one, two = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     attention.paged_attention(
         torch.zeros(1, group, key_dim, dtype=dtype),
@@ -102,18 +115,32 @@ def launch_all() -> None:
     attend(torch.float32, 3, 64, 64, is_decode=True, extras=False)
     attend(torch.float32, 4, 128, 128, is_decode=False, extras=False)
     attend(torch.bfloat16, 128, 576, 512, is_decode=True, extras=False)
+    for is_decode in (True, False):
+        attend(torch.bfloat16, 4, 128, 128, is_decode=is_decode, extras=False, is_small=True)
+        attend(torch.float16, 2, 96, 80, is_decode=is_decode, extras=True, is_small=True)
     rows, cache = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(8, 3, 64, dtype=torch.bfloat16)
     cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, cache, cache)
+    small = cache.to(torch.float8_e4m3fn)
+    cache_rows.store_rows(torch.zeros(2, dtype=torch.int64), rows, rows, small, small)
+    for dtype, size in ((torch.bfloat16, 4096), (torch.float16, 128), (torch.float32, 20_000)):
+        weight, kind = torch.zeros(size, dtype=dtype), NormKind(True, 1e-5, 1.0, True)
+        norm.norm(torch.zeros(3, size, dtype=dtype), weight, weight, kind)
+        for activation in Activation:
+            gated.gated(torch.zeros(3, size, dtype=dtype), activation)
+    ones, keys = torch.ones(2), torch.zeros(2, 2, dtype=torch.int32)
+    for dtype, is_filtered in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
+        logits = torch.zeros(2, 128_256, dtype=dtype)
+        sample.sample(logits, ones, ones.int(), ones, ones, keys, is_filtered=is_filtered)
 
 
 def main() -> None:
     """For the capability that the command line names, such as 90."""
     capability = int(sys.argv[1])
-    modules = (attention.programs, cache_rows.programs)
+    modules = (attention.programs, cache_rows.programs, norm.programs, gated.programs, sample.programs)
     compilers = {}
     for module in modules:
         for name, kernel in list(vars(module).items()):
-            if isinstance(kernel, triton.JITFunction) and not name.startswith("_"):
+            if isinstance(kernel, triton.JITFunction) and kernel.__module__ == module.__name__ and name[0] != "_":
                 compilers[name] = Compiler(kernel, capability)
                 setattr(module, name, compilers[name])
     launch_all()

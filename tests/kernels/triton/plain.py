@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardwright.attention.kv_cache import stored
 from shardwright.attention.layout import AttentionParams
 from shardwright.attention.reference import attend
 from shardwright.cache.spec import Visibility, VisibilityKind
@@ -50,6 +51,6 @@ def store_rows(
     slots_T: Tensor, key_TKD: Tensor, value_TKV: Tensor, keys_NKD: Tensor, values_NKV: Tensor | None
 ) -> None:
     """As kernels.triton.cache_rows.store_rows."""
-    keys_NKD[slots_T] = key_TKD.to(keys_NKD.dtype)
+    keys_NKD[slots_T] = stored(key_TKD, keys_NKD.dtype)
     if values_NKV is not None:
-        values_NKV[slots_T] = value_TKV.to(values_NKV.dtype)
+        values_NKV[slots_T] = stored(value_TKV, values_NKV.dtype)

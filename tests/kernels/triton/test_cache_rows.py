@@ -69,3 +69,18 @@ def test_where_keys_hold_the_values_these_are_not_written() -> None:
     store_rows(torch.tensor([1, 5]), rows, rows[..., :4] + 1, cache.keys_NKD, None)
     assert torch.equal(keys[[1, 5]], rows)
     assert not keys[[0, 2, 3, 4, 6, 7]].any()
+
+
+def test_numbers_of_8_bits_are_those_of_torch() -> None:
+    """Of all bfloat16 numbers and of float32 numbers next to each place where rounding turns."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    turns = (codes[1:] + codes[:-1]) / 2
+    near = [torch.nextafter(turns, turns * 0 + bound) for bound in (-1, 1000)]
+    numbers = torch.cat([every[~every.isnan()], turns, -turns, *near, torch.tensor([float("nan")])])
+    numbers = torch.nn.functional.pad(numbers, (0, -len(numbers) % 2048)).view(-1, 1, 2048)
+    expected, actual = (torch.zeros(len(numbers), 1, 2048, dtype=torch.float8_e4m3fn) for _ in range(2))
+    slots = torch.arange(len(numbers))
+    LayerCache(expected, expected, 4, values_in_keys=True).write(slots, numbers, numbers)
+    store_rows(slots, numbers, numbers, actual, None)
+    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardwright.kernels.triton.programs import attention as programs
-from shardwright.kernels.triton.types import operand_type, power_of_two
+from shardwright.kernels.triton.types import as_stored, operand_type, power_of_two
 
 LEAST_ROWS = 16
 """Of a tile: fewer would not fill the smallest product of a tensor core."""
@@ -73,7 +73,7 @@ class TileShape:
 
         Args:
             group, key_dim, value_dim: of the layer.
-            dtype: of keys and values.
+            dtype: of queries.
             is_decode: whether tiles have one query.
             values_in_keys: whether keys are read as values too.
         """
@@ -111,7 +111,7 @@ def paged_attention(
 
     Args:
         query_THD: [T, H, D] of any strides over T and H; H is a multiple of K.
-        keys_NKD: [num_slots, K, D], same type; numbers of one head contiguous.
+        keys_NKD: [num_slots, K, D], same type or float8_e4m3fn; numbers of one head contiguous.
         values_NKV: [num_slots, K, V], likewise.
         tiles: which queries, and where their contexts are.
         output_THV: [T, H, V] contiguous, type of the query: rows of those queries are written.
@@ -133,6 +133,7 @@ def paged_attention(
         query_THD = query_THD.contiguous()
     sinks = None if sinks_H is None else sinks_H.float().contiguous()
     bias = None if bias_HN is None else bias_HN.float().contiguous()
+    keys_NKD, values_NKV = as_stored(keys_NKD), as_stored(values_NKV)
     main, rest = key_parts(key_dim)
     width = value_width(value_dim)
     reads_once = values_in_keys and width == main

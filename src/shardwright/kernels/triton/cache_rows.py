@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shardwright.kernels.triton.programs import cache_rows as programs
-from shardwright.kernels.triton.types import power_of_two
+from shardwright.kernels.triton.types import as_stored, power_of_two
 
 MOST_NUMBERS = 4096
 """Of one program."""
@@ -19,8 +19,8 @@ def store_rows(
     Args:
         slots_T: [T] int64, rows of the cache, distinct but for those that nobody reads.
         key_TKD, value_TKV: [T, K, D] and [T, K, V], numbers of one head contiguous.
-        keys_NKD, values_NKV: the cache, [num_slots, K, D] and [num_slots, K, V], of any floating type, numbers of one
-            head contiguous; no values where the keys hold them.
+        keys_NKD, values_NKV: the cache, [num_slots, K, D] and [num_slots, K, V], of any floating type, float8_e4m3fn
+            included, numbers of one head contiguous; no values where the keys hold them.
 
     Its reference is attention.kv_cache.LayerCache.write.
     """
@@ -31,7 +31,8 @@ def store_rows(
     key_TKD, value_TKV = (rows if rows.stride(2) == 1 else rows.contiguous() for rows in (key_TKD, value_TKV))
     key_width, value_width = power_of_two(key_dim), power_of_two(value_dim)
     num_heads = min(power_of_two(num_kv_heads), max(1, MOST_NUMBERS // max(key_width, value_width)))
-    stored = keys_NKD if values_NKV is None else values_NKV
+    keys_NKD = as_stored(keys_NKD)
+    stored = keys_NKD if values_NKV is None else as_stored(values_NKV)
     programs.store_rows[num_tokens, -(-num_kv_heads // num_heads)](
         slots_T,
         key_TKD,

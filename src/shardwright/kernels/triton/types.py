@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from shardwright.kernels.triton.availability import is_interpreted
 
@@ -17,6 +18,11 @@ def operand_type(dtype: torch.dtype) -> Any:
     holds the same numbers.
     """
     return tl.float32 if is_interpreted() and dtype is torch.bfloat16 else _TYPES[dtype]
+
+
+def as_stored(rows: Tensor) -> Tensor:
+    """A tensor as kernels take it: numbers of 8 bits by their bits."""
+    return rows.view(torch.uint8) if rows.dtype is torch.float8_e4m3fn else rows
 
 
 def power_of_two(size: int) -> int:

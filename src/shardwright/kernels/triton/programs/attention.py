@@ -10,6 +10,8 @@ Source: FlashAttention-2 (arXiv 2307.08691) for the order of the loops; pytorch.
 import triton
 import triton.language as tl
 
+from shardwright.kernels.triton.programs.float8 import decoded
+
 FULL = tl.constexpr(0)
 SLIDING = tl.constexpr(1)
 CHUNKED = tl.constexpr(2)
@@ -63,7 +65,8 @@ def attend(
     """One tile of queries and heads over one split of its context.
 
     Program (tile, KV head and part of its query heads, split). The width of keys is KEY_MAIN, a power of two, and
-    KEY_REST, one or 0: 576 is read as 512 and 64, not as 1024. Products are of the type OPERAND, sums in float32.
+    KEY_REST, one or 0: 576 is read as 512 and 64, not as 1024. Products are of the type OPERAND, sums in float32. Keys
+    and values of uint8 are numbers of 8 bits.
     """
     tile = tl.program_id(0)
     part_of_group = tl.program_id(1)
@@ -111,12 +114,12 @@ def attend(
         slot = block.to(tl.int64) * CACHE_BLOCK + places % CACHE_BLOCK
 
         key_column = keys + slot[None, :] * key_slot_stride + kv_head * key_head_stride
-        key_main = tl.load(key_column + main[:, None], mask=exists[None, :] & (main < KEY_DIM)[:, None], other=0.0)
-        key_main = key_main.to(OPERAND)
+        key_main = tl.load(key_column + main[:, None], mask=exists[None, :] & (main < KEY_DIM)[:, None], other=0)
+        key_main = _operand(key_main, OPERAND)
         scores = tl.dot(query_main, key_main, input_precision="ieee")
         if KEY_REST > 0:
-            key_rest = tl.load(key_column + rest[:, None], mask=exists[None, :] & (rest < KEY_DIM)[:, None], other=0.0)
-            scores = tl.dot(query_rest, key_rest.to(OPERAND), scores, input_precision="ieee")
+            key_rest = tl.load(key_column + rest[:, None], mask=exists[None, :] & (rest < KEY_DIM)[:, None], other=0)
+            scores = tl.dot(query_rest, _operand(key_rest, OPERAND), scores, input_precision="ieee")
         scores = scores * scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # tanh
@@ -136,8 +139,9 @@ def attend(
         else:
             value_row = values + slot[:, None] * value_slot_stride + kv_head * value_head_stride
             value = tl.load(
-                value_row + columns[None, :], mask=exists[:, None] & (columns < VALUE_DIM)[None, :], other=0.0
-            ).to(OPERAND)
+                value_row + columns[None, :], mask=exists[:, None] & (columns < VALUE_DIM)[None, :], other=0
+            )
+            value = _operand(value, OPERAND)
         weights = weights.to(query.dtype.element_ty).to(OPERAND)
         summed = tl.dot(weights, value, summed * faded[:, None], input_precision="ieee")
         highest = higher
@@ -215,3 +219,12 @@ def _first_visible(position, size, VISIBILITY: tl.constexpr):
         return position // size * size
     else:
         return position * 0
+
+
+@triton.jit
+def _operand(stored, OPERAND: tl.constexpr):
+    """What is in the cache as products take it."""
+    if stored.dtype == tl.uint8:
+        return decoded(stored).to(OPERAND)
+    else:
+        return stored.to(OPERAND)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from shardwright.kernels.triton.programs.float8 import encoded
+
 
 @triton.jit
 def store_rows(
@@ -36,7 +38,7 @@ def store_rows(
     mask = is_head & (columns < KEY_DIM)
     row = tl.load(new_keys + token * new_key_token_stride + heads[:, None] * new_key_head_stride + columns, mask=mask)
     place = keys + slot * key_slot_stride + heads[:, None] * key_head_stride + columns
-    tl.store(place, row.to(keys.dtype.element_ty), mask=mask)
+    tl.store(place, _stored(row, keys.dtype.element_ty), mask=mask)
     if HAS_VALUES:
         columns = tl.arange(0, VALUE_WIDTH)[None, :]
         mask = is_head & (columns < VALUE_DIM)
@@ -44,4 +46,13 @@ def store_rows(
             new_values + token * new_value_token_stride + heads[:, None] * new_value_head_stride + columns, mask=mask
         )
         place = values + slot * value_slot_stride + heads[:, None] * value_head_stride + columns
-        tl.store(place, row.to(values.dtype.element_ty), mask=mask)
+        tl.store(place, _stored(row, values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _stored(row, TYPE: tl.constexpr):
+    """Numbers as the cache has them: those of uint8 have 8 bits."""
+    if tl.uint8 == TYPE:
+        return encoded(row.to(tl.float32))
+    else:
+        return row.to(TYPE)
