@@ -41,7 +41,8 @@ class StepLayout:
 
 def decodes(num_tokens: np.ndarray, num_computed: np.ndarray) -> np.ndarray:
     """Which sequences of a step are decodes: [S] of [S] and [S]."""
-    return (num_tokens == 1) & (num_computed > 0)
+    is_decode: np.ndarray = (num_tokens == 1) & (num_computed > 0)
+    return is_decode
 
 
 @dataclass(frozen=True, slots=True)
