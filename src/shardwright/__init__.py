@@ -7,7 +7,6 @@ own. Importing this package imports neither torch nor transformers; the names be
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from shardwright.garbage import collection_paused
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     )
     from shardwright.sampling_params import SamplingParams
 
-__version__ = version("shardwright")
+__version__: str
 
 __all__ = [
     "LLM",
@@ -60,6 +59,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version  # which reads the packages that are installed
+
+        return version("shardwright")
     if name not in _HOME:
         raise AttributeError(f"module 'shardwright' has no attribute {name!r}")
     with collection_paused():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
@@ -14,14 +15,16 @@ from shardwright.engine.input_processor import Prompt, as_prompts
 from shardwright.engine.messages import EngineInfo, SchedulerStats
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.engine.pooling_frontend import PoolingFrontend, PoolingJob
-from shardwright.engine.remote_core import RemoteCore
-from shardwright.engine.start import Core, open_core
+from shardwright.engine.start import Core, early_start, open_core
 from shardwright.engine.tasks import check_task
 from shardwright.errors import EngineDeadError, RequestError
 from shardwright.garbage import collection_paused
 from shardwright.models.tokenizer import Tokenizer
 from shardwright.outputs import ClassificationOutput, EmbeddingOutput, RequestOutput, ScoreOutput
 from shardwright.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from shardwright.engine.remote_core import RemoteCore
 
 PoolingResult = TypeVar("PoolingResult")
 
@@ -51,7 +54,8 @@ class LLM:
 
     def _start(self, config: EngineConfig) -> None:
         self.config = config
-        with collection_paused():
+        in_this_process = config.parallel.data_parallel_size == 1
+        with collection_paused(), early_start(config) if in_this_process else nullcontext():
             tokenizer = load_frontend_tokenizer(config)
             self._core: Core | RemoteCore | None = open_core(config)
         self.info: EngineInfo = self._core.info

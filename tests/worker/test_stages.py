@@ -15,8 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shardwright.config import ParallelConfig
 from shardwright.plans.pipeline import PipelineStage
+from shardwright.worker.cut import give_empty_logits
 from shardwright.worker.ladder import climb
-from shardwright.worker.part import give_empty_logits
 from shardwright.worker.step import StepModel
 
 WIDTH, VOCABULARY, POSITIONS = 32, 128, 64

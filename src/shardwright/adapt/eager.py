@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-import torch
+from shardwright.foreign_imports import compiler_off
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +25,7 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
         flex = sys.modules.get("torch.nn.attention.flex_attention")
         warned: set[str] = getattr(flex, "_WARNINGS_SHOWN", set())
         warned.add("flex_attention_performance")
-        with torch.compiler.set_stance("force_eager"):
+        with compiler_off():
             return function(*args, **kwargs)
 
     return run

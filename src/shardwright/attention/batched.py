@@ -82,7 +82,7 @@ class BatchedBackend:
         self.compute_dtype = compute_dtype
 
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> BatchedPlan:
-        is_decode = (layout.num_tokens == 1) & (layout.num_computed > 0)
+        is_decode = layout.is_decode
         prompts = self.prepare_prompts(layout, np.flatnonzero(~is_decode), block_tables, visibility).prompts
         return BatchedPlan(self._decodes(layout, np.flatnonzero(is_decode), block_tables, visibility), prompts)
 

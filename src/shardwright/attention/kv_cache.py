@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwright.cache.spec import CacheGroup, LayerSpec, lane_elements
-from shardwright.kernels.huge_pages import empty_in_huge_pages
+from shardwright.kernels.huge_pages import empty_in_huge_pages, touch_ahead
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST_FLOAT8 = torch.finfo(FLOAT8).max
@@ -54,8 +54,7 @@ class KVCache:
         num_blocks: blocks of the pool, the null block not counted.
         block_size: tokens per block.
         dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU memory is claimed only
-        when
-            it is written to.
+            when it is written to, but for a first page of each layer.
     """
 
     def __init__(
@@ -88,6 +87,8 @@ class KVCache:
                 values = _heads(lanes[lane][1], layer.num_kv_heads, layer.value_dim)
             self.layers.append(LayerCache(keys, values, block_size, layer.values_in_keys))
             self.group_of_layer.append(group)
+        if device.type == "cpu":
+            touch_ahead([rows for lane in lanes for rows in lane])  # the first blocks are the first to be used
         self.num_blocks = num_blocks
         self._lanes = lanes
         self._block_size = block_size

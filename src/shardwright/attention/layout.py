@@ -33,6 +33,17 @@ class StepLayout:
     query_starts: np.ndarray
     """[S + 1] int64."""
 
+    @property
+    def is_decode(self) -> np.ndarray:
+        """[S]: sequences of one token that have others before it."""
+        return decodes(self.num_tokens, self.num_computed)
+
+
+def decodes(num_tokens: np.ndarray, num_computed: np.ndarray) -> np.ndarray:
+    """Which sequences of a step are decodes: [S] of [S] and [S]."""
+    is_decode: np.ndarray = (num_tokens == 1) & (num_computed > 0)
+    return is_decode
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:

@@ -50,8 +50,7 @@ class LatentPlan:
     @cached_property
     def is_decode(self) -> npt.NDArray[np.bool_]:
         """[S]."""
-        is_decode: npt.NDArray[np.bool_] = (self.layout.num_tokens == 1) & (self.layout.num_computed > 0)
-        return is_decode
+        return self.layout.is_decode
 
     @cached_property
     def decoding(self) -> Tensor:

@@ -88,7 +88,7 @@ class TritonBackend:
     def prepare(self, layout: StepLayout, block_tables: np.ndarray, visibility: Visibility) -> TritonPlan:
         contexts = layout.num_computed + layout.num_tokens
         num_blocks = -(-int(contexts.max(initial=1)) // self.block_size)
-        is_decode = (layout.num_tokens == 1) & (layout.num_computed > 0)
+        is_decode = layout.is_decode
         sequences = {True: np.flatnonzero(is_decode), False: np.flatnonzero(~is_decode)}
         decoding = tile_arrays(layout, sequences[True], 1)
         tables, starts, computed, decoding_N, decoded_N = on_device(

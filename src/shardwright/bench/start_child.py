@@ -11,15 +11,22 @@ import sys
 import time
 
 from shardwright.bench.memory import peak_rss_mib
+from shardwright.garbage import start_of_process
 
 
 def main() -> None:
     """Start, generate, report."""
     model, options = sys.argv[1], json.loads(sys.argv[2])
-    from shardwright.llm import LLM
-    from shardwright.sampling_params import SamplingParams
+    with start_of_process():
+        from shardwright.config import EngineConfig
+        from shardwright.engine.start import own_process
+        from shardwright.llm import LLM
+        from shardwright.sampling_params import SamplingParams
 
-    with LLM(model, **options) as llm:
+        config = EngineConfig.from_options(model, **options)
+        own_process(config)
+        engine = LLM.from_config(config)
+    with engine as llm:
         ready = time.time()
         llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
         first_token = time.time()

@@ -23,6 +23,7 @@ from shardwright.cli.output import (
     stdout,
 )
 from shardwright.cli.prompts import check_text, read_prompts
+from shardwright.config import EngineConfig
 from shardwright.errors import UsageError
 from shardwright.garbage import start_of_process
 from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
@@ -76,9 +77,13 @@ def run(
         check_text(system, "--system")
     announce(f"loading {model}")
     with start_of_process():
+        from shardwright.engine.start import own_process
         from shardwright.llm import LLM
 
-    with LLM(model, **engine) as llm:
+        config = EngineConfig.from_options(model, **engine)
+        own_process(config)
+        engine_of_model = LLM.from_config(config)
+    with engine_of_model as llm:
         ready_s = process_age_s()
         check_generates(llm)
         inputs = [as_input(llm, text, chat=chat or system is not None, system=system) for text in texts]

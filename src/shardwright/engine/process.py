@@ -28,7 +28,7 @@ from shardwright.engine.messages import (
     Shutdown,
 )
 from shardwright.engine.pooling_core import PoolingCore
-from shardwright.engine.start import Core, start_core
+from shardwright.engine.start import Core, early_start, own_process, start_core
 from shardwright.errors import ShardwrightError
 from shardwright.garbage import start_of_process
 from shardwright.models.registry import Registration, adopt
@@ -69,7 +69,9 @@ def run_core_process(
     try:
         adopt(registration)
         with start_of_process():
-            core = start_core(config)
+            own_process(config)
+            with early_start(config):
+                core = start_core(config)
         channel.send(Ready(core.info))
         _serve(core, channel)
     except BaseException as exc:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from shardwright.config import EngineConfig
 from shardwright.engine.core import EngineCore
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.errors import ConfigError
-from shardwright.models.resolve import uses_factory
+from shardwright.foreign_imports import leave_out_training, load_torch_ahead, postpone_compiler
+from shardwright.models.resolve import resolve_model, uses_factory
 
 if TYPE_CHECKING:
     from shardwright.engine.remote_core import RemoteCore
@@ -25,8 +28,32 @@ def open_core(config: EngineConfig) -> Core | RemoteCore:
     return RemoteCore(config)
 
 
+def own_process(config: EngineConfig) -> None:
+    """Say, ahead of the core, that this process is there for it alone: it starts sooner with what it then spares."""
+    models = [config.model] if config.speculative.method != "draft" else [config.model, config.of_draft.model]
+    if config.parallel.num_ranks == 1 and not any(uses_factory(m) or m.trust_remote_code for m in models):
+        load_torch_ahead()
+        leave_out_training()
+
+
+@contextmanager
+def early_start(config: EngineConfig) -> Iterator[None]:
+    """Begin what takes its time and needs no model yet, for a core that is started in this process while this is open.
+
+    Raises: ModelSourceError if the model's directory cannot be had.
+    """
+    with ExitStack() as stack:
+        if not uses_factory(config.model):
+            postpone_compiler()
+            from shardwright.worker.early_memory import early_memory
+
+            stack.enter_context(early_memory(config, resolve_model(config.model.model, revision=config.model.revision)))
+        yield
+
+
 def start_core(config: EngineConfig) -> Core:
     """One core, in this process. Raises a UsageError for models and options that do not work."""
+    postpone_compiler()
     if uses_factory(config.model):
         if config.model.task not in ("auto", "generate"):
             raise ConfigError(
@@ -34,7 +61,6 @@ def start_core(config: EngineConfig) -> Core:
             )
         return EngineCore.from_config(config)
     from shardwright.models.build import load_config
-    from shardwright.models.resolve import resolve_model
     from shardwright.models.task import resolve_task
 
     path = resolve_model(config.model.model, revision=config.model.revision)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from shardwright.kernels.huge_pages import release
 from shardwright.kernels.packed_linear import is_available
 from shardwright.kernels.quantized_weight import QuantizedWeight
 from shardwright.layers.packed_linear import PackedLinear, pack_linears
@@ -21,6 +22,7 @@ def replace_linears(module: nn.Module) -> None:
             if isinstance(held, Quantized) and isinstance(held.quantized_weight, QuantizedWeight):
                 held.pack()
     is_packed = is_available() and pack_linears(module) > 0
+    release()  # what was reserved for more than there was to pack
     if not is_packed and not has_fast_half_products():
         upcast_linears(module)
 

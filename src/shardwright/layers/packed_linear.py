@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.kernels.huge_pages import empty_in_huge_pages
+from shardwright.kernels.huge_pages import empty_in_huge_pages, release, reserve, reserved_bytes
 from shardwright.kernels.packed_linear import PACKED_LINEAR, PACKED_TYPES, pack_weight, packed_elements, packed_linear
 from shardwright.layers.parallel import PARALLEL_LINEARS, combined
 from shardwright.layers.upcast_linear import has_fast_half_products
@@ -85,6 +86,17 @@ def pack_linears(module: nn.Module) -> int:
     return len(linears)
 
 
+@contextmanager
+def memory_ahead(num_bytes: int) -> Iterator[None]:
+    """While open, memory for packed weights is made ready in the background, if there may be as much."""
+    if num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available:
+        reserve(num_bytes)
+    try:
+        yield
+    finally:
+        release()
+
+
 def room_for_packed(weights: Sequence[Tensor]) -> list[Tensor] | None:
     """Where weights [outer, inner] are packed to, side by side in huge pages; None, with a warning, if memory is short.
 
@@ -94,7 +106,7 @@ def room_for_packed(weights: Sequence[Tensor]) -> list[Tensor] | None:
     types = [PACKED_TYPES[weight.dtype] for weight in weights]
     sizes = [packed_elements(*weight.shape) * t.itemsize for weight, t in zip(weights, types, strict=True)]
     starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
-    if starts[-1] > MEMORY_SHARE * psutil.virtual_memory().available:
+    if starts[-1] > MEMORY_SHARE * (psutil.virtual_memory().available + reserved_bytes()):
         logger.warning("weights are not packed, which makes steps slower: it takes %.1f GiB", starts[-1] / 2**30)
         return None
     memory = empty_in_huge_pages(starts[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from shardwright.loading.checkpoint import open_checkpoint
 from shardwright.loading.plain import fill_plain, find_places, put
 from shardwright.loading.pretrained import fill_pretrained
 from shardwright.loading.wrappers import unwrap_names
-from shardwright.plans.slices import ShardSlice
+
+if TYPE_CHECKING:
+    from shardwright.plans.slices import ShardSlice
 
 
 def load_weights(

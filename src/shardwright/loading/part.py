@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwright.loading.lazy import LazyTensor
-from shardwright.plans.slices import ShardSlice
+
+if TYPE_CHECKING:
+    from shardwright.plans.slices import ShardSlice
 
 
 def whole_state(module: nn.Module, part: ShardSlice) -> dict[str, Tensor]:

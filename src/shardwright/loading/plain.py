@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from shardwright.errors import CheckpointError
 from shardwright.loading.complete import check_filled, check_names, check_shapes, some
 from shardwright.loading.lazy import lazy
 from shardwright.loading.part import take_part
-from shardwright.plans.slices import ShardSlice
+
+if TYPE_CHECKING:
+    from shardwright.plans.slices import ShardSlice
 
 logger = logging.getLogger(__name__)
 

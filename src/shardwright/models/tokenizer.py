@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.errors import ModelSourceError, RequestError
+from shardwright.foreign_imports import postpone_compiler
 from shardwright.models.resolve import resolve_directory
 
 _FILES = (
@@ -151,9 +152,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool, revision: str |
     Raises: ModelSourceError if there is none, it cannot be read, or it needs `trust_remote_code`.
     """
     directory = resolve_directory(str(path), revision=revision, weights=False)
+    postpone_compiler()  # Transformers' tokenizers import half of its modeling code
     from transformers import AutoTokenizer
-
-    from shardwright.models.build import load_config
 
     try:
         hf_tokenizer = AutoTokenizer.from_pretrained(
@@ -161,6 +161,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool, revision: str |
         )
     except Exception as exc:  # readers of many formats, each with errors of its own
         if trust_remote_code and (directory / "config.json").is_file():
+            from shardwright.models.build import load_config  # comes with PyTorch
+
             load_config(directory, trust_remote_code=True)  # fails if it is the model's own code that cannot be loaded
         raise ModelSourceError(_no_tokenizer(directory, exc, trust_remote_code)) from exc
     return Tokenizer(hf_tokenizer)

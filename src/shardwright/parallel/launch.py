@@ -37,7 +37,7 @@ def check_plan_resolves(config: EngineConfig) -> None:
     """Raise PlanError if the model cannot be cut for so many ranks; each of them would find out, minutes later."""
     from shardwright.plans.quantization import quantization_of
     from shardwright.worker.blueprint import Blueprint
-    from shardwright.worker.part import resolve_table
+    from shardwright.worker.cut import resolve_table
 
     blueprint = Blueprint.of(config.model)
     module = blueprint.build(blueprint.dtype)

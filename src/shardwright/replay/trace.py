@@ -83,6 +83,11 @@ class Trace:
 class TraceMode(TorchDispatchMode):
     """Notes every operation while it is active."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether each operation is to be kept from the compiler, which takes longer than noting it, and is off."""
+        return False
+
     def __init__(self, num_tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace(num_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from shardwright.loading.load import load_dummy_weights, load_weights
 from shardwright.models.build import build_module, load_config, max_positions, resolve_dtype
 from shardwright.models.custom import CustomModel, cast_floats, find_custom
 from shardwright.models.resolve import home_directory, resolve_model
-from shardwright.plans.slices import ShardSlice
 from shardwright.worker.ladder import climb
 from shardwright.worker.no_padding import expect_no_padding
 from shardwright.worker.step import StepModel
+
+if TYPE_CHECKING:
+    from shardwright.plans.slices import ShardSlice
 
 DEFAULT_MODEL_LEN = 4096
 """Longest sequence for models whose config names no limit."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shardwright.adapt.paged import ForwardInputs
 from shardwright.attention.arrays import ArrayBuffer
-from shardwright.attention.layout import CapturableBackend, StepLayout
+from shardwright.attention.layout import CapturableBackend, StepLayout, decodes
 from shardwright.cache.spec import CacheGroup
 from shardwright.worker.self_check import compare_logits
 from shardwright.worker.step import StepTables
@@ -146,7 +146,7 @@ class DecodeGraphs:
         return (
             0 < num_sequences <= max(self._captured, default=0)
             and len(step.logits_rows) == num_sequences
-            and bool((step.num_tokens == 1).all() and (step.num_computed > 0).all())
+            and bool(decodes(step.num_tokens, step.num_computed).all())
         )
 
     def run(self, step: StepTables) -> Tensor:

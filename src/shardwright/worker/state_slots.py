@@ -20,7 +20,7 @@ from shardwright.adapt.agreement import agreed
 from shardwright.adapt.rungs import AttentionRung
 from shardwright.adapt.served_model import ServedModel
 from shardwright.attention.kv_cache import KVCache
-from shardwright.attention.layout import AttentionBackend
+from shardwright.attention.layout import AttentionBackend, decodes
 from shardwright.cache.spec import CacheGroup, Visibility, bytes_per_block
 from shardwright.worker.inputs import build_inputs
 from shardwright.worker.states import find_states
@@ -120,10 +120,10 @@ class StateSlotModel:
 
     def compute(self, step: StepTables) -> Tensor:
         wanted = wanted_places(step)
-        is_decode = (step.num_tokens == 1) & (step.num_computed > 0)
+        is_decode = decodes(step.num_tokens, step.num_computed)
         logits: list[Tensor | None] = [None] * len(step.rows)
-        decodes = np.flatnonzero(is_decode)
-        for batch in [decodes] if self._decodes_together and len(decodes) else decodes[:, None]:
+        decoding = np.flatnonzero(is_decode)
+        for batch in [decoding] if self._decodes_together and len(decoding) else decoding[:, None]:
             for i, row in zip(batch.tolist(), self._decode(_part(step, batch)), strict=True):
                 logits[i] = row[None][: len(wanted[i])]
         for i in np.flatnonzero(~is_decode).tolist():

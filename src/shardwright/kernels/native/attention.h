@@ -54,7 +54,7 @@ inline float weigh(const Shape& shape, const Extras& extras, float* row, int64_t
     std::fill(row, row + first, -INFINITY);
     std::fill(row + last + 1, row + width, -INFINITY);
     const float highest = largest_of(row, width), largest = extras.sinks ? std::max(highest, *extras.sinks) : highest;
-    for (int64_t i = 0; i < width; ++i) row[i] = exponential_of_score(row[i] - largest);
+    for (int64_t i = 0; i < width; ++i) row[i] = exponential_below_one(row[i] - largest);
     return 1.0f / (sum_of(row, width) + (extras.sinks ? exponential(*extras.sinks - largest) : 0.0f));
 }
 

@@ -46,10 +46,12 @@ void pack_panel(const W* weight, int64_t outer_stride, int64_t inner_stride, int
     }
 }
 
-// T tokens [inner, T] by a panel, to sums [T, PANEL]. CHAINS sums for each hide latency where there are few. Never inlined: among other code
-// the compiler runs out of registers.
-template <int T, int CHAINS, typename W>
-__attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t inner, float* out) {
+// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart. The tokens are [inner, T], or where `token_stride` is not 0,
+// rows that are so far apart. CHAINS sums for each hide latency where there are few. Never inlined: among other code the compiler runs out
+// of registers.
+template <int T, int CHAINS, bool IN_ROWS, typename W>
+__attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out,
+                                             int64_t out_stride) {
     Vector sums[CHAINS][T][2];
     for (int c = 0; c < CHAINS; ++c)
         for (int t = 0; t < T; ++t) sums[c][t][0] = sums[c][t][1] = splat(0.0f);
@@ -58,14 +60,15 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
         load_two(weight, first, second);
         __builtin_prefetch(reinterpret_cast<const char*>(weight) + AHEAD);
         for (int t = 0; t < T; ++t) {
-            const Vector x = splat(input[t]);
+            const Vector x = splat(input[IN_ROWS ? t * token_stride : t]);
             sums[c][t][0] = fma(first, x, sums[c][t][0]);
             sums[c][t][1] = fma(second, x, sums[c][t][1]);
         }
         weight += PANEL;
-        input += T;
+        input += IN_ROWS ? 1 : T;
     };
     int64_t k = 0;
+#pragma GCC unroll 2
     for (; k + CHAINS <= inner; k += CHAINS)
         for (int c = 0; c < CHAINS; ++c) step(c);
     for (; k < inner; ++k) step(0);
@@ -73,7 +76,7 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
         for (int half = 0; half < 2; ++half) {
             Vector total = sums[0][t][half];
             for (int c = 1; c < CHAINS; ++c) total = plus(total, sums[c][t][half]);
-            put(total, out + t * PANEL + half * LANES);
+            put(total, out + t * out_stride + half * LANES);
         }
 }
 
@@ -99,9 +102,16 @@ void with_tokens(int64_t tokens, F f) {
     }
 }
 
+// Tokens [inner, tokens].
 template <typename W>
-void multiply_tile(int64_t tokens, const W* weight, const float* input, int64_t inner, float* out) {
-    with_tokens(tokens, [&](auto count, auto chains) { multiply_tile<count, chains>(weight, input, inner, out); });
+void multiply_tile(int64_t tokens, const W* weight, const float* input, int64_t inner, float* out, int64_t out_stride = PANEL) {
+    with_tokens(tokens, [&](auto count, auto chains) { multiply_tile<count, chains, false>(weight, input, 0, inner, out, out_stride); });
+}
+
+// Tokens [tokens, inner].
+template <typename W>
+void multiply_rows(int64_t tokens, const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out) {
+    with_tokens(tokens, [&](auto count, auto chains) { multiply_tile<count, chains, true>(weight, input, token_stride, inner, out, PANEL); });
 }
 
 // Tokens cut into whole tiles and a rest: that is faster than tiles as even as can be, which all leave registers unused.

@@ -52,27 +52,22 @@ void attend_rows(const Shape& shape, const Sequences& step, const Context& conte
     }
     float factors[TILE];
     const int64_t from = low / PANEL, to = high / PANEL + 1, width = (to - from) * PANEL;  // panels that any of them sees
-    scratch.resize(count * (shape.key_dim + 2 * width));
-    float *wide = scratch.data(), *scores = wide + count * shape.key_dim, *weights = scores + count * width;
+    scratch.resize(count * (shape.key_dim + width));
+    float *wide = scratch.data(), *scores = wide + count * shape.key_dim;
     for (int64_t r = 0; r < count; ++r)
         for (int64_t d = 0; d < shape.key_dim; ++d)
             wide[d * count + r] = widen(query[(token[r] * heads + head[r]) * shape.key_dim + d]) * shape.scale;
-    alignas(64) float sums[TILE * PANEL];
-    for (int64_t panel = from; panel < to; ++panel) {
-        multiply_tile(count, context.keys + panel * PANEL * shape.key_dim, wide, shape.key_dim, sums);
-        for (int64_t r = 0; r < count; ++r)
-            std::copy(sums + r * PANEL, sums + (r + 1) * PANEL, scores + r * width + (panel - from) * PANEL);
-    }
+    for (int64_t panel = from; panel < to; ++panel)
+        multiply_tile(count, context.keys + panel * PANEL * shape.key_dim, wide, shape.key_dim, scores + (panel - from) * PANEL, width);
     for (int64_t r = 0; r < count; ++r) {
-        float* row = scores + r * width;
         const int64_t first = step.first[token[r]] - context.first - from * PANEL;
         const int64_t last = step.last[token[r]] - context.first - from * PANEL;
-        factors[r] = weigh(shape, extras.of(shape, head[r]), row, first, last, width);
-        for (int64_t i = 0; i < width; ++i) weights[i * count + r] = row[i];
+        factors[r] = weigh(shape, extras.of(shape, head[r]), scores + r * width, first, last, width);
     }
+    alignas(64) float sums[TILE * PANEL];
     const int64_t rows = context.panels() * PANEL;
     for (int64_t v = 0; v < value_panels(shape); ++v) {
-        multiply_tile(count, context.values + (v * rows + from * PANEL) * PANEL, weights, width, sums);
+        multiply_rows(count, context.values + (v * rows + from * PANEL) * PANEL, scores, width, width, sums);
         const int64_t dims = std::min<int64_t>(PANEL, shape.value_dim - v * PANEL);
         for (int64_t r = 0; r < count; ++r)
             for (int64_t d = 0; d < dims; ++d)

@@ -63,11 +63,16 @@ __attribute__((always_inline)) inline float exponential(float x) {
     return x > 88.72284f ? INFINITY : x < -104.0f ? 0.0f : x != x ? x : result;
 }
 
-// Of scores below their largest, which become weights: what is smaller than the smallest normal number is 0.
-__attribute__((always_inline)) inline float exponential_of_score(float x) {
+// For x <= 0: what is smaller than the smallest normal number is 0.
+__attribute__((always_inline)) inline float exponential_below_one(float x) {
     int32_t whole;
     const float part = exponential_parts(std::max(x, -87.0f), whole);
     return x < -87.0f ? 0.0f : part * power_of_two(whole);
+}
+
+__attribute__((always_inline)) inline float sigmoid(float x) {
+    const float e = exponential_below_one(-std::fabs(x)), rest = 1.0f / (1.0f + e);
+    return x < 0.0f ? e * rest : rest;
 }
 
 // Sums and maxima along a row go on in several lanes: that is faster, and keeps rounding small, as torch's own do.
