@@ -80,9 +80,9 @@ def test_tokens_are_those_of_torch(
 
 
 def test_a_row_of_a_large_vocabulary_is_read_by_several_programs() -> None:
-    logits = torch.randn(3, 70_000, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
     rows = [SamplingParams(temperature=0), SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.9, top_k=100)]
-    state = state_of(rows, 70_000)
+    state = state_of(rows, 20_000)
     expected = Sampler()(logits, state, np.arange(3))
     assert Sampler(has_kernels=True)(logits, state, np.arange(3)).token_ids.tolist() == expected.token_ids.tolist()
 
@@ -136,10 +136,10 @@ def test_no_rows_are_no_tokens() -> None:
 
 def test_noise_is_that_of_the_host() -> None:
     """Among tokens of one logit the one with most noise is chosen."""
-    seeds = np.arange(12)
+    seeds = np.arange(6)
     keys = split_keys(sequence_keys(seeds, seeds), CPU)
-    ones = torch.ones(12)
-    logits = torch.zeros(12, 3000)
+    ones = torch.ones(6)
+    logits = torch.zeros(6, 3000)
     chosen = launcher.sample(logits, ones, ones.int(), ones, ones * 0, keys, is_filtered=False)
     noise = gumbel(keys, torch.arange(3000, dtype=torch.int32)[None])
     most = noise.amax(-1)
