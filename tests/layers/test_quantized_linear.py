@@ -168,8 +168,7 @@ def test_packed_codes_give_the_same(format: WeightFormat, dtype: torch.dtype) ->
     expected, weight, size = module(x), module[0].weight, weight_bytes(module)
     replace_linears(module)
     assert all(isinstance(linear.quantized_weight, PackedCodes) for linear in module)
-    is_exact = dtype is torch.float32 and format.bits == 8  # packed, inputs are rounded to 16 bits, or to 8
-    tolerance = 2**-14 if is_exact else 2**-6
+    tolerance = 2**-14 if dtype is torch.float32 else 2**-6  # packed, inputs are rounded to 16 bits, or to 8
     torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(module[0].weight, weight)
     assert weight_bytes(module) < 3 * size  # panels are filled up

@@ -6,8 +6,8 @@ input features. Of 8 bits, byte 4i + 2k of a row has input feature k of output f
 output feature i + PANEL / 2; of 4 bits, byte 4i + k has both, the former low. Scales and minimums are packed as
 bfloat16 weights are.
 
-Inputs are rounded, with a scale for each group of a token: to 16 bits beside codes of 8 bits, to 8 bits beside codes of
-4 bits. Sums of products within a group are then exact, and meet the scales in float32.
+Inputs are rounded, with a scale for each group of a token: to 16 bits, or those of bfloat16 beside codes of 4 bits to 8
+bits, which are as many as they have. Sums of products within a group are then exact, and meet the scales in float32.
 """
 
 from __future__ import annotations
@@ -112,15 +112,18 @@ def coded_linear(input: Tensor, weight: PackedCodes, bias: Tensor | None) -> Ten
 
 def coded_linear_reference(input: Tensor, weight: PackedCodes, bias: Tensor | None) -> Tensor:
     """What coded_linear computes, in torch."""
-    output = _rounded(input.float(), weight.group_size, weight.bits) @ dequantize(unpack_codes(weight)).T
+    output = (
+        _rounded(input.float(), weight.group_size, 8 if weight.bits == 4 and input.dtype is _HALF else 16)
+        @ dequantize(unpack_codes(weight)).T
+    )
     if bias is not None:
         output += bias
     return output.to(input.dtype)
 
 
 def _rounded(input: Tensor, group_size: int, bits: int) -> Tensor:
-    """Inputs as integers with a scale for each group can say them, beside codes of so many bits."""
-    most = float(min(LARGEST_WORD, LARGEST_SUM // (LARGEST_CODE * group_size)) if bits == 8 else LARGEST_BYTE)
+    """Inputs as integers of so many bits with a scale for each group can say them."""
+    most = float(min(LARGEST_WORD, LARGEST_SUM // (LARGEST_CODE * group_size)) if bits == 16 else LARGEST_BYTE)
     rounded = []
     for group in input.split(group_size, dim=1):
         largest = group.abs().amax(1, keepdim=True)

@@ -75,5 +75,5 @@ extern "C" void coded_linear(int64_t bits, int64_t is_half, const void* input, c
     uint16_t* half = nullptr;
     float* whole = nullptr;
     if (bits == 8) is_half ? typed(Codes8(), half) : typed(Codes8(), whole);
-    else is_half ? typed(Codes4(), half) : typed(Codes4(), whole);
+    else is_half ? typed(Codes4OfBytes(), half) : typed(Codes4(), whole);
 }

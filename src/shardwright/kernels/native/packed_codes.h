@@ -1,5 +1,5 @@
 // Products with packed weights of 8 or 4 bits, see kernels/packed_codes.py. Inputs are rounded too, with a scale for each group of input
-// features as the codes have one: to 16 bits beside codes of 8, to 8 bits beside codes of 4. A group's products and their sum are then exact
+// features as the codes have one: to 16 bits, or those of bfloat16 beside codes of 4 bits to 8. A group's products and their sum are then exact
 // integers, and the scales meet that sum. As many neighbouring products as an integer of 32 bits has inputs are summed by the instructions
 // that multiply, pmaddwd and pmaddubsw of x86: 1.5 and 3 times the products of a float32 instruction.
 
@@ -20,22 +20,14 @@ typedef int16_t Words __attribute__((vector_size(PANEL * 2)));
 typedef uint16_t Bits16 __attribute__((vector_size(PANEL * 2)));
 typedef int32_t Integers __attribute__((vector_size(PANEL * 2)));
 
-// Codes of 8 bits, by inputs of 16: integer i of the sums grows by two products.
-struct Codes8 {
+// By inputs of 16 bits: integer i of the sums grows by two products.
+struct WordInputs {
     using Input = int16_t;
     using Part = Words;
-    static constexpr int64_t ROW_INPUTS = 2, NUMBERS = 1, MOST_ROWS = INT64_MAX;
-    static int64_t largest_input(int64_t group_size) { return std::min<int64_t>(32767, INT32_MAX / (LARGEST_CODE * group_size)); }
-
     using Sums = Integers;
+    static constexpr int64_t MOST_ROWS = INT64_MAX;
+    static int64_t largest_input(int64_t group_size) { return std::min<int64_t>(32767, INT32_MAX / (LARGEST_CODE * group_size)); }
     static inline Integers total(Integers sums) { return sums; }
-
-    static inline void load(const uint8_t* place, Words& first, Words& second) {
-        Bits16 codes;
-        std::memcpy(&codes, place, sizeof codes);
-        first = (Words)(codes << 8) >> 8;
-        second = (Words)codes >> 8;
-    }
 
     static inline Integers add(Integers sums, Words codes, Integers x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -55,14 +47,45 @@ struct Codes8 {
     }
 };
 
+// Codes of 8 bits.
+struct Codes8 : WordInputs {
+    static constexpr int64_t ROW_INPUTS = 2, NUMBERS = 1;
+    static constexpr int PARTS = 1;
+    static int64_t place_of(int64_t input) { return input; }
+
+    static inline void load(const uint8_t* place, int, Words& first, Words& second) {
+        Bits16 codes;
+        std::memcpy(&codes, place, sizeof codes);
+        first = (Words)(codes << 8) >> 8;
+        second = (Words)codes >> 8;
+    }
+};
+
+// Codes of 4 bits: a word has those of input features 0 and 1, or 2 and 3, of two output features.
+struct Codes4 : WordInputs {
+    static constexpr int64_t ROW_INPUTS = 4, NUMBERS = 2;
+    static constexpr int PARTS = 2;  // features 0 and 2, 1 and 3
+    static int64_t place_of(int64_t input) { return (input & ~3) | (input & 1) << 1 | (input >> 1 & 1); }
+
+    static inline void load(const uint8_t* place, int part, Words& first, Words& second) {
+        Bits16 codes;
+        std::memcpy(&codes, place, sizeof codes);
+        if (part) codes >>= 8;
+        first = (Words)(codes & 15);
+        second = (Words)(codes >> 4 & 15);
+    }
+};
+
 // Codes of 4 bits, by inputs of 8: four products. Where their sums are words, they overflow after more than MOST_ROWS rows.
-struct Codes4 {
+struct Codes4OfBytes {
     using Input = int8_t;
     using Part = Bytes;
     static constexpr int64_t ROW_INPUTS = 4, NUMBERS = 2;
+    static constexpr int PARTS = 1;
+    static int64_t place_of(int64_t input) { return input; }
     static int64_t largest_input(int64_t) { return 127; }
 
-    static inline void load(const uint8_t* place, Bytes& first, Bytes& second) {
+    static inline void load(const uint8_t* place, int, Bytes& first, Bytes& second) {
         Bytes codes;
         std::memcpy(&codes, place, sizeof codes);
         first = codes & 15;
@@ -122,8 +145,9 @@ struct Rounded {
 };
 
 // One token's group. What is not finite makes the scale not a number, and so the whole group.
-template <typename Input>
-inline void round_group(const float* row, const Span& span, int64_t most, Input* to, float& scale, float& sum) {
+template <class Codes>
+inline void round_group(const float* row, const Span& span, int64_t most, typename Codes::Input* to, float& scale, float& sum) {
+    using Input = typename Codes::Input;
     const int64_t count = span.last - span.first;
     const float* const end = row + count;
     float largest = 0.0f;
@@ -134,12 +158,12 @@ inline void round_group(const float* row, const Span& span, int64_t most, Input*
     }
     const float wanted = static_cast<float>(most) / largest, factor = is_finite && wanted <= FLT_MAX ? wanted : 0.0f;
     int32_t total = 0;
+    std::fill(to, to + span.filled, Input(0));
     for (int64_t i = 0; i < count; ++i) {
         const int32_t rounded = static_cast<int32_t>(std::nearbyint(row[i] * factor));
-        to[i] = static_cast<Input>(rounded);
+        to[Codes::place_of(i)] = static_cast<Input>(rounded);
         total += rounded;
     }
-    std::fill(to + count, to + span.filled, Input(0));
     scale = is_finite ? largest / static_cast<float>(most) : NAN;
     sum = static_cast<float>(total) * scale;
 }
@@ -171,7 +195,7 @@ Rounded round_inputs(const Tiles& tiles, int64_t inner, int64_t group_size, Read
         for (int64_t t = 0; t < count; ++t) {
             const int64_t place = first * groups + group * count + t;
             read(first + t, span.first, span.last, row.data());
-            round_group(row.data(), span, most, own.data(), to_scales[place], to_sums[place]);
+            round_group<Codes>(row.data(), span, most, own.data(), to_scales[place], to_sums[place]);
             for (int64_t i = 0; i < span.filled / LANE_INPUTS; ++i) std::memcpy(to + i * count + t, own.data() + i * LANE_INPUTS, sizeof(int32_t));
         }
     });
@@ -203,16 +227,18 @@ struct Coded {
                 typename Codes::Sums sums[T][2] = {};
                 const int64_t some = std::min(rows, Codes::MOST_ROWS);
                 for (int64_t row = 0; row < some; ++row) {
-                    typename Codes::Part one, two;
-                    Codes::load(place, one, two);
                     __builtin_prefetch(place + AHEAD);
-                    for (int t = 0; t < T; ++t) {
-                        const Integers x = Integers{} + lanes[t];
-                        sums[t][0] = Codes::add(sums[t][0], one, x);
-                        sums[t][1] = Codes::add(sums[t][1], two, x);
+                    for (int part = 0; part < Codes::PARTS; ++part) {
+                        typename Codes::Part one, two;
+                        Codes::load(place, part, one, two);
+                        for (int t = 0; t < T; ++t) {
+                            const Integers x = Integers{} + lanes[t];
+                            sums[t][0] = Codes::add(sums[t][0], one, x);
+                            sums[t][1] = Codes::add(sums[t][1], two, x);
+                        }
+                        lanes += T;
                     }
                     place += ROW_BYTES;
-                    lanes += T;
                 }
                 for (int t = 0; t < T; ++t)
                     for (int half = 0; half < 2; ++half) {

@@ -393,6 +393,8 @@ void linears(const Instruction* instructions, int count) {
     };
     if (type == U8 && code_bits == 8) {
         linears<Coded<Codes8>>(instructions, count, tiles, round_inputs<Codes8>(tiles, x.size[1], group_size, read));
+    } else if (type == U8 && x.type == BF16) {
+        linears<Coded<Codes4OfBytes>>(instructions, count, tiles, round_inputs<Codes4OfBytes>(tiles, x.size[1], group_size, read));
     } else if (type == U8) {
         linears<Coded<Codes4>>(instructions, count, tiles, round_inputs<Codes4>(tiles, x.size[1], group_size, read));
     } else {
