@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardwright.engine.messages import TokenLogprobs
+from shardwright.kernels.jit import native_library
 from shardwright.worker.batch import Batch, StepResult
 from shardwright.worker.draft import DraftModel
 from shardwright.worker.sampler import Sampler, prompt_logprobs
@@ -88,6 +89,8 @@ class ModelRunner:
         )
         self._sampling = SamplingState(limits.max_num_seqs, limits.vocab_size, device)
         self._sampler = Sampler(seed=seed, has_kernels=has_kernels)
+        if samples and device.type == "cpu":
+            native_library("greedy")  # compiled before somebody waits for a token
         self._draft = draft(self._token_rows) if draft is not None else None
 
     @torch.inference_mode()
