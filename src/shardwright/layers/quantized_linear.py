@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from shardwright.errors import UnsupportedModelError
 from shardwright.kernels.packed_codes import PackedCodes, coded_linear, pack_codes, unpack_codes
-from shardwright.kernels.packed_linear import is_available
 from shardwright.kernels.quantized_linear import quantized_linear
 from shardwright.kernels.quantized_weight import QuantizedWeight, dequantize, quantize
 from shardwright.layers.parallel import combined
@@ -111,11 +110,6 @@ def quantizable_linears(module: nn.Module) -> dict[str, int]:
             f"{type(module).__name__} has no linear whose weight can be quantized: use --quantization none"
         )
     return found
-
-
-def has_packed_codes() -> bool:
-    """Whether codes on the CPU are multiplied natively, which is faster than the weights that they stand for."""
-    return is_available()
 
 
 def tied_heads(module: nn.Module) -> tuple[str, ...]:

@@ -61,10 +61,11 @@ def quantize(module: nn.Module, quantization: Quantization | None, device: torch
     """Quantize the linears of a loaded module, in place, if they shall be."""
     if quantization is None:
         return
-    from shardwright.layers.quantized_linear import has_packed_codes, quantize_linears
+    from shardwright.kernels.packed_linear import is_available
+    from shardwright.layers.quantized_linear import quantize_linears
 
     quantize_linears(module, quantization.inputs, quantization.format)
-    if device.type == "cpu" and has_packed_codes():
+    if device.type == "cpu" and is_available():
         quantize_linears(module, quantization.tied_heads, quantization.format.of_heads)
 
 

@@ -63,17 +63,17 @@ extern "C" void packed_linear(int64_t is_half_weight, int64_t is_half, const voi
 // As packed_linear, for a weight of codes of 8 or 4 bits.
 extern "C" void coded_linear(int64_t bits, int64_t is_half, const void* input, const uint8_t* panels, int64_t group_size, const float* bias,
                              void* output, int64_t tokens, int64_t inner, int64_t outer) {
-    const auto typed = [&](auto codes, auto* x) {
+    with_codes(bits, is_half, [&](auto codes) {
         using Codes = decltype(codes);
-        using X = std::remove_pointer_t<decltype(x)>;
-        lead([&] {
-            const Tiles tiles(tokens);
-            const Rounded inputs = round_inputs<Codes>(tiles, inner, group_size, rows_of(static_cast<const X*>(input), inner));
-            linear(tiles, inputs, Coded<Codes>{panels, outer}, bias, static_cast<X*>(output));
-        });
-    };
-    uint16_t* half = nullptr;
-    float* whole = nullptr;
-    if (bits == 8) is_half ? typed(Codes8(), half) : typed(Codes8(), whole);
-    else is_half ? typed(Codes4OfBytes(), half) : typed(Codes4(), whole);
+        const auto typed = [&](auto* x) {
+            using X = std::remove_pointer_t<decltype(x)>;
+            lead([&] {
+                const Tiles tiles(tokens);
+                const Rounded inputs = round_inputs<Codes>(tiles, inner, group_size, rows_of(static_cast<const X*>(input), inner));
+                linear(tiles, inputs, Coded<Codes>{panels, outer}, bias, static_cast<X*>(output));
+            });
+        };
+        if (is_half) typed(static_cast<uint16_t*>(nullptr));
+        else typed(static_cast<float*>(nullptr));
+    });
 }

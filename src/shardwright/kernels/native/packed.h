@@ -46,8 +46,8 @@ void pack_panel(const W* weight, int64_t outer_stride, int64_t inner_stride, int
     }
 }
 
-// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart. The tokens are [inner, T], or where `token_stride` is not 0,
-// rows that are so far apart. CHAINS sums for each hide latency where there are few. Never inlined: among other code the compiler runs out
+// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart. The tokens are [inner, T], or IN_ROWS: rows that are
+// `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among other code the compiler runs out
 // of registers.
 template <int T, int CHAINS, bool IN_ROWS, typename W>
 __attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out,

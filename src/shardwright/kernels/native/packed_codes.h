@@ -129,6 +129,14 @@ struct Codes4OfBytes {
 #endif
 };
 
+// Calls f(codes) with those of so many bits, for inputs of bfloat16 or of float32.
+template <typename F>
+void with_codes(int64_t bits, bool is_half, F f) {
+    if (bits == 8) f(Codes8());
+    else if (is_half) f(Codes4OfBytes());
+    else f(Codes4());
+}
+
 // Input features [first, last) of a group, and how many it is filled up to.
 struct Span {
     int64_t first, last, filled;
