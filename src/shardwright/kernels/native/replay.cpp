@@ -14,7 +14,6 @@ namespace {
 constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_JOINED = 8;
 constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
 constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
-constexpr int64_t ROWS_ELEMENTS = 1 << 10;  // of short rows that one thread takes together
 
 enum Type : int64_t { F32, BF16, I64, BOOL, I32, U8 };
 
@@ -281,68 +280,52 @@ inline void round_row(float* row, int64_t count, int64_t type) {
         for (int64_t i = 0; i < count; ++i) row[i] = widen(narrow(row[i]));
 }
 
-// One instruction of a run, on one row: number `row` in the dimension before the last, of those that begin at `starts`.
-inline void run_row(const Instruction& in, int64_t dims, int64_t row, char* const* starts, float* own, int64_t kept, int64_t longest) {
-    const View& out = in.tensor[0];
-    const bool reduces = in.operation >= SUM;
-    const int64_t length = in.tensor[1].size[dims], made = reduces ? 1 : length;
-    const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
-    const auto place_of = [&](int v) {
-        const View& view = in.tensor[v];
-        return starts[v] + (dims > 0 ? row * view.stride[dims - 1] * bytes(view.type) : 0);
-    };
-    float* const result = own + in.value[0];
-    const float* input[3] = {nullptr, nullptr, nullptr};
-    for (int v = 0; v < inputs; ++v) {
-        const View& view = in.tensor[v + 1];
-        const int64_t step = view.stride[dims], place = in.value[v + 1];
-        float* const copied = own + kept + v * longest;
-        input[v] = copied;
-        if (place < 0) {
-            const char* data = place_of(v + 1);
-            if (view.type == F32 && step == 1) input[v] = reinterpret_cast<const float*>(data);
-            else load_row(data, view.type, step, length, copied);
-        } else if (step == 0) {
-            std::fill(copied, copied + length, own[place]);
-        } else if (place != in.value[0] && place < in.value[0] + made && in.value[0] < place + length) {
-            std::memcpy(copied, own + place, length * sizeof(float));  // the result lies across it
-        } else {
-            input[v] = own + place;
-        }
-    }
-    if (in.operation == AMAX) *result = largest_of(input[0], length);
-    else if (reduces) *result = sum_of(input[0], length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
-    else compute_row(in.operation, length, result, input[0], input[1], input[2]);
-    round_row(result, made, out.type);
-    if (in.value[MOST_TENSORS]) store_row(result, made, place_of(0), out.type, out.stride[dims]);
-}
-
-// A run of instructions on the same rows, see replay/fuse.py. Rows that differ in the dimension before the last follow each other: where they
-// begin is worked out once for all of them.
+// A run of instructions on the same rows, see replay/fuse.py.
 void run_rows(const Instruction* run) {
     const int64_t kept = run->value[MOST_VALUES - 2], count = run->value[MOST_VALUES - 1];
-    const int64_t dims = run->tensor[0].dims - 1, inner = dims > 0 ? run->tensor[0].size[dims - 1] : 1;
-    int64_t outer = 1, longest = 1;
-    for (int64_t d = 0; d + 1 < dims; ++d) outer *= run->tensor[0].size[d];
+    const int64_t dims = run->tensor[0].dims - 1;
+    int64_t rows = 1, longest = 1;
+    for (int64_t d = 0; d < dims; ++d) rows *= run->tensor[0].size[d];
     for (int64_t i = 0; i < count; ++i)
         for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
-    // Of rows of one dimension alone (a token each), some at once
-    const int64_t together = outer == 1 ? std::max<int64_t>(1, ROWS_ELEMENTS / longest) : inner, groups = (inner + together - 1) / together;
-    share(outer * groups, outer * inner * longest * count >= WORTH_THREADS, [&](int64_t task) {
+    share(rows, rows * longest * count >= WORTH_THREADS, [&](int64_t row) {
         thread_local std::vector<float> scratch;
-        thread_local std::vector<char*> starts;
         scratch.resize(kept + 3 * longest);
-        starts.resize(count * MOST_TENSORS);
         float* const own = scratch.data();
-        const int64_t from = task % groups * together, to = std::min(from + together, inner);
-        for (int64_t i = 0; i < count; ++i)
-            for (int v = 0; v < MOST_TENSORS; ++v) {
-                const View& view = run[i].tensor[v];
-                if (view.data)
-                    starts[i * MOST_TENSORS + v] = view.data + offset_of(task / groups, run->tensor[0].size, view.stride, dims - 1) * bytes(view.type);
+        for (int64_t i = 0; i < count; ++i) {
+            const Instruction& in = run[i];
+            const View& out = in.tensor[0];
+            const bool reduces = in.operation >= SUM;
+            const int64_t length = in.tensor[1].size[dims], made = reduces ? 1 : length;
+            const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
+            float* const result = own + in.value[0];
+            const float* input[3] = {nullptr, nullptr, nullptr};
+            for (int v = 0; v < inputs; ++v) {
+                const View& view = in.tensor[v + 1];
+                const int64_t step = view.stride[dims], place = in.value[v + 1];
+                float* const copied = own + kept + v * longest;
+                input[v] = copied;
+                if (place < 0) {
+                    const char* data = view.data + offset_of(row, run->tensor[0].size, view.stride, dims) * bytes(view.type);
+                    if (view.type == F32 && step == 1) input[v] = reinterpret_cast<const float*>(data);
+                    else load_row(data, view.type, step, length, copied);
+                } else if (step == 0) {
+                    std::fill(copied, copied + length, own[place]);
+                } else if (place != in.value[0] && place < in.value[0] + made && in.value[0] < place + length) {
+                    std::memcpy(copied, own + place, length * sizeof(float));  // the result lies across it
+                } else {
+                    input[v] = own + place;
+                }
             }
-        for (int64_t row = from; row < to; ++row)
-            for (int64_t i = 0; i < count; ++i) run_row(run[i], dims, row, starts.data() + i * MOST_TENSORS, own, kept, longest);
+            if (in.operation == AMAX) *result = largest_of(input[0], length);
+            else if (reduces) *result = sum_of(input[0], length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
+            else compute_row(in.operation, length, result, input[0], input[1], input[2]);
+            round_row(result, made, out.type);
+            if (in.value[MOST_TENSORS]) {
+                const int64_t offset = offset_of(row, run->tensor[0].size, out.stride, dims);
+                store_row(result, made, out.data + offset * bytes(out.type), out.type, out.stride[dims]);
+            }
+        }
     });
 }
 
@@ -391,12 +374,11 @@ void linears(const Instruction* instructions, int count) {
     const auto read = [&](int64_t token, int64_t first, int64_t last, float* row) {
         load_row(x.data + (token * x.stride[0] + first * x.stride[1]) * bytes(x.type), x.type, x.stride[1], last - first, row);
     };
-    if (type == U8 && code_bits == 8) {
-        linears<Coded<Codes8>>(instructions, count, tiles, round_inputs<Codes8>(tiles, x.size[1], group_size, read));
-    } else if (type == U8 && x.type == BF16) {
-        linears<Coded<Codes4OfBytes>>(instructions, count, tiles, round_inputs<Codes4OfBytes>(tiles, x.size[1], group_size, read));
-    } else if (type == U8) {
-        linears<Coded<Codes4>>(instructions, count, tiles, round_inputs<Codes4>(tiles, x.size[1], group_size, read));
+    if (type == U8) {
+        with_codes(code_bits, x.type == BF16, [&](auto codes) {
+            using Codes = decltype(codes);
+            linears<Coded<Codes>>(instructions, count, tiles, round_inputs<Codes>(tiles, x.size[1], group_size, read));
+        });
     } else {
         const Arranged inputs = arrange(tiles, x.size[1], read);
         if (type == BF16) linears<Product<uint16_t>>(instructions, count, tiles, inputs);
