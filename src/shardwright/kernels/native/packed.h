@@ -22,7 +22,8 @@
 namespace {
 
 constexpr int PANEL = 2 * LANES;
-constexpr int64_t AHEAD = 1024;            // bytes between what is read and what is fetched
+constexpr int64_t AHEAD = 2048;            // bytes between what is read and what is fetched, where each number is read once
+constexpr int64_t FETCHING = 4;            // tiles that fetch the next panel
 constexpr int64_t BLOCK_BYTES = 256 << 10;  // of inputs that stay in the cache while panels go by
 constexpr int64_t ARRANGED = 256;          // features of a token at once
 constexpr int64_t WORTH_ARRANGING = 1 << 12;  // by more than one thread
@@ -46,19 +47,32 @@ void pack_panel(const W* weight, int64_t outer_stride, int64_t inner_stride, int
     }
 }
 
+// What is fetched into the cache beside reading a panel, so many bytes further for each of its rows.
+struct Fetched {
+    const char* from;
+    int64_t step;
+};
+
+// What follows soon after what is read now.
+template <typename W>
+Fetched ahead_of(const W* weight) {
+    return {reinterpret_cast<const char*>(weight) + AHEAD, PANEL * sizeof(W)};
+}
+
 // T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart. The tokens are [inner, T], or IN_ROWS: rows that are
 // `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among other code the compiler runs out
 // of registers.
 template <int T, int CHAINS, bool IN_ROWS, typename W>
 __attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out,
-                                             int64_t out_stride) {
+                                             int64_t out_stride, Fetched fetched) {
     Vector sums[CHAINS][T][2];
     for (int c = 0; c < CHAINS; ++c)
         for (int t = 0; t < T; ++t) sums[c][t][0] = sums[c][t][1] = splat(0.0f);
     const auto step = [&](int c) __attribute__((always_inline)) {
         Vector first, second;
         load_two(weight, first, second);
-        __builtin_prefetch(reinterpret_cast<const char*>(weight) + AHEAD);
+        __builtin_prefetch(fetched.from);
+        fetched.from += fetched.step;
         for (int t = 0; t < T; ++t) {
             const Vector x = splat(input[IN_ROWS ? t * token_stride : t]);
             sums[c][t][0] = fma(first, x, sums[c][t][0]);
@@ -104,14 +118,18 @@ void with_tokens(int64_t tokens, F f) {
 
 // Tokens [inner, tokens].
 template <typename W>
-void multiply_tile(int64_t tokens, const W* weight, const float* input, int64_t inner, float* out, int64_t out_stride = PANEL) {
-    with_tokens(tokens, [&](auto count, auto chains) { multiply_tile<count, chains, false>(weight, input, 0, inner, out, out_stride); });
+void multiply_tile(int64_t tokens, const W* weight, const float* input, int64_t inner, float* out, int64_t out_stride, Fetched fetched) {
+    with_tokens(tokens, [&](auto count, auto chains) {
+        multiply_tile<count, chains, false>(weight, input, 0, inner, out, out_stride, fetched);
+    });
 }
 
 // Tokens [tokens, inner].
 template <typename W>
 void multiply_rows(int64_t tokens, const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out) {
-    with_tokens(tokens, [&](auto count, auto chains) { multiply_tile<count, chains, true>(weight, input, token_stride, inner, out, PANEL); });
+    with_tokens(tokens, [&](auto count, auto chains) {
+        multiply_tile<count, chains, true>(weight, input, token_stride, inner, out, PANEL, ahead_of(weight));
+    });
 }
 
 // Tokens cut into whole tiles and a rest: that is faster than tiles as even as can be, which all leave registers unused.
@@ -152,8 +170,20 @@ template <typename W>
 struct Product {
     const W* weight;
     int64_t outer;
-    void multiply(int64_t panel, int64_t first, int64_t tokens, const Arranged& inputs, float* sums) const {
-        multiply_tile(tokens, weight + panel * inputs.inner * PANEL, inputs.data + first * inputs.inner, inputs.inner, sums);
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, const Arranged& inputs, float* sums) const {
+        const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
+        const W* const own = weight + panel * inputs.inner * PANEL;
+        multiply_tile(tokens, own, inputs.data + first * inputs.inner, inputs.inner, sums, PANEL, fetched(tiles, own, first, tokens, inputs.inner));
+    }
+
+private:
+    // A panel that several tiles read one after another is in the cache for all but the first: each of these, or of the first ones,
+    // fetches its part of the next panel instead, so that memory is not idle.
+    static Fetched fetched(const Tiles& tiles, const W* own, int64_t first, int64_t tokens, int64_t inner) {
+        if (tiles.count == 1) return ahead_of(own);
+        const int64_t row = PANEL * sizeof(W), fetching = std::min<int64_t>(tiles.tokens, FETCHING * TILE);
+        if (first >= fetching) return {reinterpret_cast<const char*>(own), 0};
+        return {reinterpret_cast<const char*>(own) + (inner + inner * first / fetching) * row, row * tokens / fetching};
     }
 };
 
@@ -175,7 +205,7 @@ void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int n
         alignas(64) float sums[TILE * PANEL];
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
             const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-            product.multiply(panel, first, tokens, inputs, sums);
+            product.multiply(tiles, panel, tile, inputs, sums);
             for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
         }
     });

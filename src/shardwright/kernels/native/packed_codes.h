@@ -217,7 +217,7 @@ struct Coded {
     int64_t outer;
 
     template <int T>
-    __attribute__((noinline)) void tile(int64_t panel, int64_t first, const Rounded& inputs, float* out) const {
+    __attribute__((noinline)) void multiply_tile(int64_t panel, int64_t first, const Rounded& inputs, float* out) const {
         constexpr int64_t NUMBERS_BYTES = Codes::NUMBERS * PANEL * 2;
         constexpr int64_t LANE_INPUTS = sizeof(int32_t) / sizeof(typename Codes::Input);
         const int64_t panel_bytes = inputs.num_lanes * LANE_INPUTS / Codes::ROW_INPUTS * ROW_BYTES + inputs.groups * NUMBERS_BYTES;
@@ -268,8 +268,9 @@ struct Coded {
             for (int half = 0; half < 2; ++half) put(totals[t][half], out + t * PANEL + half * LANES);
     }
 
-    void multiply(int64_t panel, int64_t first, int64_t tokens, const Rounded& inputs, float* out) const {
-        with_tokens(tokens, [&](auto count, auto) { tile<count>(panel, first, inputs, out); });
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, const Rounded& inputs, float* out) const {
+        const int64_t first = tiles.start(tile);
+        with_tokens(tiles.start(tile + 1) - first, [&](auto count, auto) { multiply_tile<count>(panel, first, inputs, out); });
     }
 };
 

@@ -57,8 +57,10 @@ void attend_rows(const Shape& shape, const Sequences& step, const Context& conte
     for (int64_t r = 0; r < count; ++r)
         for (int64_t d = 0; d < shape.key_dim; ++d)
             wide[d * count + r] = widen(query[(token[r] * heads + head[r]) * shape.key_dim + d]) * shape.scale;
-    for (int64_t panel = from; panel < to; ++panel)
-        multiply_tile(count, context.keys + panel * PANEL * shape.key_dim, wide, shape.key_dim, scores + (panel - from) * PANEL, width);
+    for (int64_t panel = from; panel < to; ++panel) {
+        const float* const own = context.keys + panel * PANEL * shape.key_dim;
+        multiply_tile(count, own, wide, shape.key_dim, scores + (panel - from) * PANEL, width, ahead_of(own));
+    }
     for (int64_t r = 0; r < count; ++r) {
         const int64_t first = step.first[token[r]] - context.first - from * PANEL;
         const int64_t last = step.last[token[r]] - context.first - from * PANEL;
