@@ -245,7 +245,8 @@ class ModelRunner:
             rows, token_ids = np.delete(rows, first), np.delete(token_ids, first)
 
     def _remember(self, rows: Ints, token_ids: Ints) -> None:
-        room = self._num_known[rows] < self._token_rows.shape[1]  # a last token at max_model_len ends its sequence
-        self._token_rows[rows[room], self._num_known[rows[room]]] = token_ids[room]
-        self._num_known[rows] += 1
+        known = self._num_known[rows]
+        has_room = known < self._token_rows.shape[1]  # a last token at max_model_len ends its sequence
+        self._token_rows[rows[has_room], known[has_room]] = token_ids[has_room]
+        self._num_known[rows] = known + 1
         self._sampling.append(rows, token_ids)

@@ -42,8 +42,8 @@ class SamplerOutput:
     token_ids: npt.NDArray[np.int64]
     is_nan: npt.NDArray[np.bool_]
     """Rows whose logits are not numbers."""
-    logprobs: list[TokenLogprobs | None]
-    """None for rows that did not ask."""
+    logprobs: dict[int, TokenLogprobs]
+    """By row of logits, for those that asked."""
 
 
 class Sampler:
@@ -80,14 +80,16 @@ class Sampler:
         """
         if self._has_kernels:
             return self._choose_at_once(logits, state, rows, ahead)
-        is_random = state.temperature[rows] > 0
-        is_changed = is_random | state.needs_processing(rows)
-        token_ids = np.empty(len(rows), np.int64)
+        if not state.may_change[rows].any():
+            return Chosen(*greedy(logits))
+        is_changed = (state.temperature[rows] > 0) | state.needs_processing(rows)
+        token_ids, is_nan = np.empty(len(rows), np.int64), np.empty(len(rows), np.bool_)
         if len(plain := np.flatnonzero(~is_changed)):
-            token_ids[plain] = greedy(_take(logits, plain))
+            token_ids[plain], is_nan[plain] = greedy(_take(logits, plain))
         if len(changed := np.flatnonzero(is_changed)):
             token_ids[changed] = self._choose(_take_floats(logits, changed), state, rows[changed], ahead)
-        return Chosen(token_ids, _chosen_are_nan(logits, token_ids))
+            is_nan[changed] = _are_nan(logits, changed, token_ids[changed])
+        return Chosen(token_ids, is_nan)
 
     def _choose_at_once(self, logits: Tensor, state: SamplingState, rows: Ints, ahead: int) -> Chosen:
         """By few launches, after which the device is waited for once; rows with very wide filters are chosen again."""
@@ -117,7 +119,7 @@ class Sampler:
         is_random = state.temperature[rows] > 0
         token_ids = np.empty(len(rows), np.int64)
         if len(largest := np.flatnonzero(~is_random)):
-            token_ids[largest] = greedy(_take(scores, largest))
+            token_ids[largest], _ = greedy(_take(scores, largest))
         if len(random := np.flatnonzero(is_random)):
             random_rows = rows[random]
             temperature = torch.from_numpy(state.temperature[random_rows, None]).to(scores.device)
@@ -150,11 +152,11 @@ def process(scores: Tensor, state: SamplingState, rows: Ints) -> None:
         scores[place, state.stop_token_ids[int(rows[place])]] = -torch.inf
 
 
-def _chosen_are_nan(logits: Tensor, token_ids: Ints) -> npt.NDArray[np.bool_]:
-    """[n]. Not-a-number wins every argmax, so it is enough to look at the chosen logits."""
-    chosen = torch.from_numpy(token_ids).to(logits.device)[:, None]
-    is_nan: npt.NDArray[np.bool_] = logits.gather(1, chosen).isnan().flatten().cpu().numpy()
-    return is_nan
+def _are_nan(logits: Tensor, places: Ints, token_ids: Ints) -> npt.NDArray[np.bool_]:
+    """[n]. Not-a-number wins every choice, so it is enough to look at the chosen logits of n rows."""
+    rows, chosen = torch.from_numpy(places).to(logits.device), torch.from_numpy(token_ids).to(logits.device)
+    are_nan: npt.NDArray[np.bool_] = logits[rows, chosen].isnan().cpu().numpy()
+    return are_nan
 
 
 def _take(logits: Tensor, places: Ints) -> Tensor:
@@ -169,11 +171,10 @@ def _take_floats(logits: Tensor, places: Ints) -> Tensor:
     return _take(logits, places).float()
 
 
-def _logprobs(logits: Tensor, token_ids: Ints, state: SamplingState, rows: Ints) -> list[TokenLogprobs | None]:
-    result: list[TokenLogprobs | None] = [None] * len(rows)
-    if len(wanted := np.flatnonzero(state.wants_logprobs[rows])):
-        chosen = torch.from_numpy(token_ids[wanted]).to(logits.device)
-        listed = token_logprobs(_take(logits, wanted), chosen, state.num_logprobs[rows[wanted]].tolist())
-        for place, logprobs in zip(wanted, listed, strict=True):
-            result[place] = logprobs
-    return result
+def _logprobs(logits: Tensor, token_ids: Ints, state: SamplingState, rows: Ints) -> dict[int, TokenLogprobs]:
+    wanted = np.flatnonzero(state.wants_logprobs[rows])
+    if not len(wanted):
+        return {}
+    chosen = torch.from_numpy(token_ids[wanted]).to(logits.device)
+    listed = token_logprobs(_take(logits, wanted), chosen, state.num_logprobs[rows[wanted]].tolist())
+    return dict(zip(wanted.tolist(), listed, strict=True))

@@ -47,6 +47,8 @@ class SamplingState:
         self.has_bias = np.zeros(max_num_seqs, np.bool_)
         self.has_penalties = np.zeros(max_num_seqs, np.bool_)
         self.penalties = PenaltyTable(max_num_seqs, vocab_size)
+        self.may_change = np.zeros(max_num_seqs, np.bool_)
+        """Rows whose token need not be that with the largest logit as the model gives it."""
         self.bias: dict[int, tuple[Tensor, Tensor]] = {}
         """Token ids and what is added to their logits, for the rows with `has_bias`."""
         self.stop_token_ids: dict[int, Tensor] = {}
@@ -80,6 +82,8 @@ class SamplingState:
         self._set_bias(row, params)
         self._set_min_tokens(row, params.min_tokens, stop_token_ids)
         self._set_penalties(row, params, prompt, output)
+        is_processed = self.has_bias[row] or self.has_penalties[row] or self.min_tokens[row] > 0
+        self.may_change[row] = is_processed or self.temperature[row] > 0
 
     def append(self, rows: Ints, token_ids: Ints) -> None:
         """Write down one sampled token for each of the rows, which are distinct."""

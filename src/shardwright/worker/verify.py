@@ -75,9 +75,8 @@ def verify(
             take(rows[places[~is_nan]], sampled.token_ids[~is_nan])
         else:
             take(rows[places], sampled.token_ids)
-        for place, own in zip(places.tolist(), sampled.logprobs, strict=True):
-            if own is not None:
-                logprobs.setdefault(place, []).append(own)
+        for i, own in sampled.logprobs.items():
+            logprobs.setdefault(int(places[i]), []).append(own)
         return sampled.token_ids, is_nan
 
     going = np.arange(len(rows))

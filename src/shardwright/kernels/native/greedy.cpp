@@ -7,9 +7,9 @@ namespace {
 
 constexpr int64_t RUN = 1024;  // numbers that are widened at once
 
-// The first place of the largest number, or of what is not a number.
+// The first place of the largest number, or of what is not a number, and whether it is one.
 template <typename T>
-int64_t place_of_largest(const T* row, int64_t length) {
+int64_t place_of_largest(const T* row, int64_t length, bool& is_nan) {
     float largest = -INFINITY;
     int64_t best = 0;
     for (int64_t start = 0; start < length; start += RUN) {
@@ -20,7 +20,8 @@ int64_t place_of_largest(const T* row, int64_t length) {
             wide[i] = widen(row[start + i]);
             not_numbers |= wide[i] != wide[i];
         }
-        if (not_numbers) return start + (std::find_if(wide, wide + count, [](float x) { return x != x; }) - wide);
+        is_nan = not_numbers;
+        if (is_nan) return start + (std::find_if(wide, wide + count, [](float x) { return x != x; }) - wide);
         const float own = largest_of(wide, count);
         if (own > largest) {
             largest = own;
@@ -32,12 +33,13 @@ int64_t place_of_largest(const T* row, int64_t length) {
 
 }  // namespace
 
-// logits [rows, length], `stride` numbers from row to row; is_half: bfloat16 instead of float32.
-extern "C" void greedy(int64_t is_half, const void* logits, int64_t rows, int64_t length, int64_t stride, int64_t* places) {
-    lead([&] {
-        share(rows, true, [&](int64_t r) {
-            places[r] = is_half ? place_of_largest(static_cast<const uint16_t*>(logits) + r * stride, length)
-                                : place_of_largest(static_cast<const float*>(logits) + r * stride, length);
-        });
-    });
+// logits [rows, length], `stride` numbers from row to row; is_half: bfloat16 instead of float32. A place of each row, and whether what is
+// there is not a number.
+extern "C" void greedy(int64_t is_half, const void* logits, int64_t rows, int64_t length, int64_t stride, int64_t* places, bool* are_nan) {
+    const auto one = [&](int64_t r) {
+        places[r] = is_half ? place_of_largest(static_cast<const uint16_t*>(logits) + r * stride, length, are_nan[r])
+                            : place_of_largest(static_cast<const float*>(logits) + r * stride, length, are_nan[r]);
+    };
+    if (rows == 1) return one(0);  // sooner done than threads are there
+    lead([&] { share(rows, true, one); });
 }
