@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LEAVES | {"worker", "parallel", "pooling", "cache", "models"},
     "llm": LEAVES | {"engine", "models"},
     "async_llm": LEAVES | {"engine", "models"},
-    "bench": LEAVES | {"llm", "engine"},
+    "bench": LEAVES | {"llm", "engine", "kernels"},
     "server": LEAVES | {"async_llm", "engine", "models"},
     "cli": LEAVES | {"bench", "engine", "llm", "server", "models", "plans", "pooling", "worker"},
     "__init__": LEAVES | {"llm", "async_llm"},

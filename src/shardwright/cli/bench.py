@@ -118,7 +118,7 @@ def measure_workloads(
         for workload in runnable:
             with working(f"{workload.name}, {repeat} times"):
                 runs.append((workload, measure_best(llm, workload, repeat=repeat)))
-        machine = machine.at_best(measure_device(llm.info.device))  # it may have been busy the first time
+            machine = machine.at_best(measure_device(llm.info.device))  # it may have been busy before
         return {
             "machine": machine.as_json(),
             "dtype": llm.info.dtype,
