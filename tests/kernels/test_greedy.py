@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shardwright.kernels.greedy import greedy, greedy_reference
 from shardwright.kernels.jit import native_library
 
+
 def told(found: tuple[np.ndarray, np.ndarray]) -> tuple[list[int], list[bool]]:
     token_ids, are_nan = found
     return token_ids.tolist(), are_nan.tolist()
