@@ -17,6 +17,8 @@ from shardwright.cache.spec import LayerSpec, Visibility, VisibilityKind, group_
 from shardwright.kernels.attention import is_available
 
 CPU = torch.device("cpu")
+LONG = st.sampled_from([510, 511, 512, 1023, 1300])
+"""Contexts of one query that are, with it, about one piece of positions (native/decode.h), two, or three."""
 VISIBILITIES = [Visibility(), Visibility(VisibilityKind.SLIDING, 5), Visibility(VisibilityKind.CHUNKED, 6)]
 
 
@@ -27,7 +29,11 @@ def test_the_kernel_compiles_here() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sequences=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4) | st.integers(1, 50)), min_size=1, max_size=4),
+    sequences=st.lists(
+        st.tuples(st.integers(0, 60), st.integers(1, 4) | st.integers(1, 50)) | st.tuples(LONG, st.just(1)),
+        min_size=1,
+        max_size=4,
+    ),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
     dims=st.tuples(st.integers(1, 40) | st.just(64), st.integers(1, 40) | st.just(80)),

@@ -44,13 +44,18 @@ inline void find_slots(const Shape& shape, const int32_t* table, int64_t first, 
     }
 }
 
+// Caps scores and adds the bias: of `count` positions, the first of which is `distance` before the query.
+inline void adjust(const Shape& shape, const Extras& extras, float* row, int64_t count, int64_t distance) {
+    if (shape.softcap > 0)
+        for (int64_t i = 0; i < count; ++i) row[i] = std::tanh(row[i] / shape.softcap) * shape.softcap;
+    if (extras.bias)
+        for (int64_t i = 0; i < count; ++i) row[i] += extras.bias[std::min(distance - i, shape.distances - 1)];
+}
+
 // Scores row[first] to row[last] of the positions that one query sees, its own the last, become weights, and all others of the row's
 // `width` numbers 0. Returns the factor by which they add up to 1, or to less with a sink.
 inline float weigh(const Shape& shape, const Extras& extras, float* row, int64_t first, int64_t last, int64_t width) {
-    if (shape.softcap > 0)
-        for (int64_t i = first; i <= last; ++i) row[i] = std::tanh(row[i] / shape.softcap) * shape.softcap;
-    if (extras.bias)
-        for (int64_t i = first; i <= last; ++i) row[i] += extras.bias[std::min(last - i, shape.distances - 1)];
+    adjust(shape, extras, row + first, last - first + 1, last - first);
     std::fill(row, row + first, -INFINITY);
     std::fill(row + last + 1, row + width, -INFINITY);
     const float highest = largest_of(row, width), largest = extras.sinks ? std::max(highest, *extras.sinks) : highest;
