@@ -14,6 +14,7 @@ namespace {
 constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_JOINED = 8;
 constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
 constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
+constexpr int64_t RUN_NUMBERS = 4096;       // in float32 that a run of instructions works on at once: half of the nearest cache
 
 enum Type : int64_t { F32, BF16, I64, BOOL, I32, U8 };
 
@@ -91,51 +92,76 @@ inline void store_row(const float* from, int64_t count, char* data, int64_t type
     }
 }
 
+// Rows of numbers in float32, so far apart; 0: the same row again and again.
+template <typename T>
+struct Rows {
+    T* data;
+    int64_t step;
+    T* operator[](int64_t row) const { return data + row * step; }
+};
+
+// How many rows, and how many numbers of each.
+struct Extent {
+    int64_t rows, count;
+};
+
 template <typename F>
-inline void each(int64_t count, float* out, const float* a, F f) {
+inline void each(Extent extent, Rows<float> out, Rows<const float> a, F f) {
+    for (int64_t r = 0; r < extent.rows; ++r) {
+        float* const to = out[r];
+        const float* const x = a[r];
 #pragma GCC ivdep  // inputs may be the output, but do not lie across it
-    for (int64_t i = 0; i < count; ++i) out[i] = f(a[i]);
+        for (int64_t i = 0; i < extent.count; ++i) to[i] = f(x[i]);
+    }
 }
 
 template <typename F>
-inline void each(int64_t count, float* out, const float* a, const float* b, F f) {
+inline void each(Extent extent, Rows<float> out, Rows<const float> a, Rows<const float> b, F f) {
+    for (int64_t r = 0; r < extent.rows; ++r) {
+        float* const to = out[r];
+        const float *const x = a[r], *const y = b[r];
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) out[i] = f(a[i], b[i]);
+        for (int64_t i = 0; i < extent.count; ++i) to[i] = f(x[i], y[i]);
+    }
 }
 
 // out = the result of an operation on a, b and c, each of which may be out.
-void compute_row(int64_t operation, int64_t count, float* out, const float* a, const float* b, const float* c) {
+void compute(int64_t operation, Extent extent, Rows<float> out, Rows<const float> a, Rows<const float> b, Rows<const float> c) {
     switch (operation) {
         case COPY:
-            if (out != a) std::memmove(out, a, count * sizeof(float));
+            if (out.data != a.data)
+                for (int64_t r = 0; r < extent.rows; ++r) std::memmove(out[r], a[r], extent.count * sizeof(float));
             break;
-        case NEG: each(count, out, a, [](float x) { return -x; }); break;
-        case ABS: each(count, out, a, [](float x) { return std::fabs(x); }); break;
-        case EXP: each(count, out, a, [](float x) { return exponential(x); }); break;
-        case LOG: each(count, out, a, [](float x) { return std::log(x); }); break;
-        case SQRT: each(count, out, a, [](float x) { return std::sqrt(x); }); break;
-        case RSQRT: each(count, out, a, [](float x) { return 1.0f / std::sqrt(x); }); break;
-        case RECIPROCAL: each(count, out, a, [](float x) { return 1.0f / x; }); break;
-        case SIN: each(count, out, a, [](float x) { return std::sin(x); }); break;
-        case COS: each(count, out, a, [](float x) { return std::cos(x); }); break;
-        case TANH: each(count, out, a, [](float x) { return std::tanh(x); }); break;
-        case SIGMOID: each(count, out, a, [](float x) { return sigmoid(x); }); break;
-        case SILU: each(count, out, a, [](float x) { return x * sigmoid(x); }); break;
-        case GELU: each(count, out, a, [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }); break;
+        case NEG: each(extent, out, a, [](float x) { return -x; }); break;
+        case ABS: each(extent, out, a, [](float x) { return std::fabs(x); }); break;
+        case EXP: each(extent, out, a, [](float x) { return exponential(x); }); break;
+        case LOG: each(extent, out, a, [](float x) { return std::log(x); }); break;
+        case SQRT: each(extent, out, a, [](float x) { return std::sqrt(x); }); break;
+        case RSQRT: each(extent, out, a, [](float x) { return 1.0f / std::sqrt(x); }); break;
+        case RECIPROCAL: each(extent, out, a, [](float x) { return 1.0f / x; }); break;
+        case SIN: each(extent, out, a, [](float x) { return std::sin(x); }); break;
+        case COS: each(extent, out, a, [](float x) { return std::cos(x); }); break;
+        case TANH: each(extent, out, a, [](float x) { return std::tanh(x); }); break;
+        case SIGMOID: each(extent, out, a, [](float x) { return sigmoid(x); }); break;
+        case SILU: each(extent, out, a, [](float x) { return x * sigmoid(x); }); break;
+        case GELU: each(extent, out, a, [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }); break;
         case GELU_TANH:
-            each(count, out, a, [](float x) { return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); });
+            each(extent, out, a, [](float x) { return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); });
             break;
-        case RELU: each(count, out, a, [](float x) { return x < 0.0f ? 0.0f : x; }); break;
-        case ERF: each(count, out, a, [](float x) { return std::erf(x); }); break;
-        case SQUARE: each(count, out, a, [](float x) { return x * x; }); break;
-        case ADD: each(count, out, a, b, [](float x, float y) { return x + y; }); break;
-        case SUB: each(count, out, a, b, [](float x, float y) { return x - y; }); break;
-        case MUL: each(count, out, a, b, [](float x, float y) { return x * y; }); break;
-        case DIV: each(count, out, a, b, [](float x, float y) { return x / y; }); break;
-        case MAXIMUM: each(count, out, a, b, [](float x, float y) { return x > y || x != x ? x : y; }); break;
-        case MINIMUM: each(count, out, a, b, [](float x, float y) { return x < y || x != x ? x : y; }); break;
-        case POW: each(count, out, a, b, [](float x, float y) { return std::pow(x, y); }); break;
-        case WHERE: for (int64_t i = 0; i < count; ++i) out[i] = a[i] != 0.0f ? b[i] : c[i]; break;
+        case RELU: each(extent, out, a, [](float x) { return x < 0.0f ? 0.0f : x; }); break;
+        case ERF: each(extent, out, a, [](float x) { return std::erf(x); }); break;
+        case SQUARE: each(extent, out, a, [](float x) { return x * x; }); break;
+        case ADD: each(extent, out, a, b, [](float x, float y) { return x + y; }); break;
+        case SUB: each(extent, out, a, b, [](float x, float y) { return x - y; }); break;
+        case MUL: each(extent, out, a, b, [](float x, float y) { return x * y; }); break;
+        case DIV: each(extent, out, a, b, [](float x, float y) { return x / y; }); break;
+        case MAXIMUM: each(extent, out, a, b, [](float x, float y) { return x > y || x != x ? x : y; }); break;
+        case MINIMUM: each(extent, out, a, b, [](float x, float y) { return x < y || x != x ? x : y; }); break;
+        case POW: each(extent, out, a, b, [](float x, float y) { return std::pow(x, y); }); break;
+        case WHERE:
+            for (int64_t r = 0; r < extent.rows; ++r)
+                for (int64_t i = 0; i < extent.count; ++i) out[r][i] = a[r][i] != 0.0f ? b[r][i] : c[r][i];
+            break;
         default: std::abort();
     }
 }
@@ -191,7 +217,7 @@ void elementwise(int64_t operation, const View* tensors, int inputs) {
             offset[v] = offset_of(task / chunks, views[0].size, views[v].stride, dims - 1) + start * views[v].stride[dims - 1];
         for (int v = 1; v <= inputs; ++v)
             load_row(views[v].data + offset[v] * bytes(views[v].type), views[v].type, views[v].stride[dims - 1], count, row[v - 1]);
-        compute_row(operation, count, row[0], row[0], row[1], row[2]);
+        compute(operation, {1, count}, {row[0], 0}, {row[0], 0}, {row[1], 0}, {row[2], 0});
         store_row(row[0], count, views[0].data + offset[0] * bytes(views[0].type), views[0].type, views[0].stride[dims - 1]);
     });
 }
@@ -274,58 +300,86 @@ void normalize(bool centred, float epsilon, const View* t) {
     });
 }
 
-// Rounds numbers as a tensor of a type would.
-inline void round_row(float* row, int64_t count, int64_t type) {
-    if (type == BF16)
+// A row that becomes one of a tensor: rounded as there, and written to it too if `data` is not null.
+inline void round_row(float* row, int64_t count, char* data, int64_t type, int64_t stride) {
+    if (type == BF16) {
         for (int64_t i = 0; i < count; ++i) row[i] = widen(narrow(row[i]));
+        uint16_t* const to = reinterpret_cast<uint16_t*>(data);
+        if (to && stride == 1) for (int64_t i = 0; i < count; ++i) to[i] = narrow_rounded(row[i]);
+        else if (to) for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow_rounded(row[i]);
+    } else if (data) {
+        store_row(row, count, data, type, stride);
+    }
 }
 
-// A run of instructions on the same rows, see replay/fuse.py.
+// Some rows of a run: they follow each other in the dimension before the last, or there is one.
+struct Part {
+    int64_t place, rows;  // of the first of them, counted over all dimensions but the last
+    int64_t dims;         // without the last
+    const int64_t* size;  // of the output's dimensions
+
+    // Bytes from the start of a tensor to the first of the rows, and from one to the next.
+    int64_t start(const View& view) const { return offset_of(place, size, view.stride, dims) * bytes(view.type); }
+    int64_t step(const View& view) const { return dims > 0 ? view.stride[dims - 1] * bytes(view.type) : 0; }
+};
+
+// One instruction of a run, on some rows. Each has `width` numbers of scratch: `kept` of what the run makes, and then three rows of inputs.
+void run_part(const Instruction& in, const Part& part, float* own, int64_t width, int64_t kept, int64_t longest) {
+    const View& out = in.tensor[0];
+    const int64_t dims = part.dims, length = in.tensor[1].size[dims], target = in.value[0];
+    const bool reduces = in.operation >= SUM;
+    const int64_t made = reduces ? 1 : length;
+    const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
+    Rows<const float> input[3] = {};
+    for (int v = 0; v < inputs; ++v) {
+        const View& view = in.tensor[v + 1];
+        const int64_t step = view.stride[dims], place = in.value[v + 1];
+        float* const copied = own + kept + v * longest;
+        input[v] = {copied, width};
+        if (place < 0) {
+            const char* const data = view.data + part.start(view);
+            const int64_t row_step = part.step(view);
+            if (view.type == F32 && step == 1) input[v] = {reinterpret_cast<const float*>(data), row_step / 4};
+            else
+                for (int64_t r = 0; r < part.rows; ++r) load_row(data + r * row_step, view.type, step, length, copied + r * width);
+        } else if (step == 0) {
+            for (int64_t r = 0; r < part.rows; ++r) std::fill_n(copied + r * width, length, own[place + r * width]);
+        } else if (place != target && place < target + made && target < place + length) {
+            for (int64_t r = 0; r < part.rows; ++r)  // the result lies across it
+                std::memcpy(copied + r * width, own + place + r * width, length * sizeof(float));
+        } else {
+            input[v] = {own + place, width};
+        }
+    }
+    const Rows<float> result{own + target, width};
+    if (in.operation == AMAX)
+        for (int64_t r = 0; r < part.rows; ++r) *result[r] = largest_of(input[0][r], length);
+    else if (reduces)
+        for (int64_t r = 0; r < part.rows; ++r) *result[r] = sum_of(input[0][r], length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
+    else
+        compute(in.operation, {part.rows, length}, result, input[0], input[1], input[2]);
+    const bool is_written = in.value[MOST_TENSORS];
+    if (!is_written && out.type != BF16) return;
+    char* const data = is_written ? out.data + part.start(out) : nullptr;
+    const int64_t row_step = part.step(out);
+    for (int64_t r = 0; r < part.rows; ++r) round_row(result[r], made, data ? data + r * row_step : nullptr, out.type, out.stride[dims]);
+}
+
+// A run of instructions on the same rows, see replay/fuse.py. Short rows are taken several at a time.
 void run_rows(const Instruction* run) {
     const int64_t kept = run->value[MOST_VALUES - 2], count = run->value[MOST_VALUES - 1];
-    const int64_t dims = run->tensor[0].dims - 1;
-    int64_t rows = 1, longest = 1;
-    for (int64_t d = 0; d < dims; ++d) rows *= run->tensor[0].size[d];
+    const int64_t dims = run->tensor[0].dims - 1, *const size = run->tensor[0].size, inner = dims > 0 ? size[dims - 1] : 1;
+    int64_t outer = 1, longest = 1;
+    for (int64_t d = 0; d + 1 < dims; ++d) outer *= size[d];
     for (int64_t i = 0; i < count; ++i)
         for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
-    share(rows, rows * longest * count >= WORTH_THREADS, [&](int64_t row) {
+    const int64_t width = kept + 3 * longest, most = std::max<int64_t>(1, RUN_NUMBERS / width), parts = (inner + most - 1) / most;
+    share(outer * parts, outer * inner * longest * count >= WORTH_THREADS, [&](int64_t task) {
         thread_local std::vector<float> scratch;
-        scratch.resize(kept + 3 * longest);
-        float* const own = scratch.data();
-        for (int64_t i = 0; i < count; ++i) {
-            const Instruction& in = run[i];
-            const View& out = in.tensor[0];
-            const bool reduces = in.operation >= SUM;
-            const int64_t length = in.tensor[1].size[dims], made = reduces ? 1 : length;
-            const int inputs = in.operation == WHERE ? 3 : in.operation >= ADD && !reduces ? 2 : 1;
-            float* const result = own + in.value[0];
-            const float* input[3] = {nullptr, nullptr, nullptr};
-            for (int v = 0; v < inputs; ++v) {
-                const View& view = in.tensor[v + 1];
-                const int64_t step = view.stride[dims], place = in.value[v + 1];
-                float* const copied = own + kept + v * longest;
-                input[v] = copied;
-                if (place < 0) {
-                    const char* data = view.data + offset_of(row, run->tensor[0].size, view.stride, dims) * bytes(view.type);
-                    if (view.type == F32 && step == 1) input[v] = reinterpret_cast<const float*>(data);
-                    else load_row(data, view.type, step, length, copied);
-                } else if (step == 0) {
-                    std::fill(copied, copied + length, own[place]);
-                } else if (place != in.value[0] && place < in.value[0] + made && in.value[0] < place + length) {
-                    std::memcpy(copied, own + place, length * sizeof(float));  // the result lies across it
-                } else {
-                    input[v] = own + place;
-                }
-            }
-            if (in.operation == AMAX) *result = largest_of(input[0], length);
-            else if (reduces) *result = sum_of(input[0], length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
-            else compute_row(in.operation, length, result, input[0], input[1], input[2]);
-            round_row(result, made, out.type);
-            if (in.value[MOST_TENSORS]) {
-                const int64_t offset = offset_of(row, run->tensor[0].size, out.stride, dims);
-                store_row(result, made, out.data + offset * bytes(out.type), out.type, out.stride[dims]);
-            }
-        }
+        const int64_t first = task % parts * most;
+        const Part part{task / parts * inner + first, std::min(most, inner - first), dims, size};
+        scratch.resize(width * most);
+        for (int64_t i = 0; i < count; ++i) run_part(run[i], part, scratch.data(), width, kept, longest);
     });
 }
 
