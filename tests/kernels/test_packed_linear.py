@@ -94,7 +94,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_kernel(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    jit.native_library.cache_clear()
+    jit._loaded.cache_clear()
     try:
         assert not is_available()
         assert not is_available()
@@ -102,7 +102,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_kernel(
             "no C++ compiler found: native kernels are off, some steps are slower; install g++ to have them"
         ]
     finally:
-        jit.native_library.cache_clear()
+        jit._loaded.cache_clear()
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def plain_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     flags = tuple(flag for flag in jit.FLAGS if not flag.startswith("-march"))
     monkeypatch.setattr(jit, "FLAGS", flags)
     monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path))
-    caches = (jit.native_library, kernel.panel_features)
+    caches = (jit._loaded, kernel.panel_features)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -43,10 +43,13 @@ def early_start(config: EngineConfig) -> Iterator[None]:
     Raises: ModelSourceError if the model's directory cannot be had.
     """
     with ExitStack() as stack:
-        if not uses_factory(config.model):
+        is_own_code = uses_factory(config.model)
+        if not is_own_code:
             postpone_compiler()
-            from shardwright.worker.early_memory import early_memory
+        from shardwright.worker.ahead import early_kernels, early_memory
 
+        early_kernels(config)
+        if not is_own_code:
             stack.enter_context(early_memory(config, resolve_model(config.model.model, revision=config.model.revision)))
         yield
 

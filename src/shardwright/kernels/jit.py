@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from threading import Lock, Thread
 
 from shardwright.paths import cache_directory
 
@@ -35,14 +37,28 @@ FLAGS = (
 )
 COMPILE_TIMEOUT_S = 120
 
+_locks: defaultdict[str, Lock] = defaultdict(Lock)
+"""By library: nobody compiles it a second time while another thread does."""
 
-@functools.cache
+
 def native_library(name: str) -> ctypes.CDLL | None:
     """The compiled `native/<name>.cpp`; None, with one warning, if it cannot be had here.
 
     Args:
         name: of the source file, without its ending.
     """
+    with _locks[name]:
+        return _loaded(name)
+
+
+def compile_ahead() -> None:
+    """Have all libraries compiled, side by side, while the caller goes on; of use where they have not been yet."""
+    for source in sorted(SOURCES.glob("*.cpp")):
+        Thread(target=native_library, args=(source.stem,), name=f"compile-{source.stem}", daemon=True).start()
+
+
+@functools.cache
+def _loaded(name: str) -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("no C++ compiler found: native kernels are off, some steps are slower; install g++ to have them")

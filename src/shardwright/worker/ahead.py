@@ -1,4 +1,4 @@
-"""Memory for weights, asked for before there is a model to put them into."""
+"""What a CPU needs whatever the model turns out to be, begun before there is one: kernels, and memory for weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import torch
 
 from shardwright.config import EngineConfig
 from shardwright.errors import ShardwrightError
+from shardwright.kernels.jit import compile_ahead
 from shardwright.layers.packed_linear import memory_ahead
 from shardwright.loading.checkpoint import checkpoint_files, checkpoint_path
 
 LEAST_BYTES = 64 << 20
 """Fewer are had at once."""
+
+
+def early_kernels(config: EngineConfig) -> None:
+    """Have native kernels compiled beside what else it takes to start, where this process will run them."""
+    if _is_on_cpu(config) and config.parallel.num_ranks == 1:
+        compile_ahead()
 
 
 def early_memory(config: EngineConfig, path: Path) -> AbstractContextManager[None]:
@@ -30,10 +37,15 @@ def early_memory(config: EngineConfig, path: Path) -> AbstractContextManager[Non
 def _packed_bytes(config: EngineConfig, path: Path) -> int:
     """What weights will take at most if they are packed in the type that they are stored in; 0 if they will not be."""
     model = config.model
-    on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
-    if not on_cpu or config.parallel.num_ranks > 1 or model.weight_format is not None or model.load_format == "dummy":
+    is_packed = _is_on_cpu(config) and config.parallel.num_ranks == 1 and model.weight_format is None
+    if not is_packed or model.load_format == "dummy":
         return 0
     with suppress(ShardwrightError, OSError):  # which come up again when they are read
         files = checkpoint_files(checkpoint_path(model.weights or path), model.load_format)
         return sum(file.stat().st_size for file in files)
     return 0
+
+
+def _is_on_cpu(config: EngineConfig) -> bool:
+    device = config.model.device
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())

@@ -1,0 +1,63 @@
+"""Libraries are compiled once, whoever asks, and side by side."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+
+from shardwright.kernels import jit
+
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """One small kernel that was never compiled; the folder that its library will lie in."""
+    sources = tmp_path / "native"
+    sources.mkdir()
+    (sources / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(jit, "SOURCES", sources)
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path / "cache"))
+    jit._loaded.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    jit._loaded.cache_clear()
+
+
+def test_threads_that_ask_at_once_have_it_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Sequence[str]] = []
+    run = subprocess.run
+
+    def counted(command: Sequence[str], **options: Any) -> Any:
+        if "-c" in command:
+            compiled.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    barrier, answers = Barrier(4), []
+
+    def ask() -> None:
+        barrier.wait(TIMEOUT_S)
+        library = jit.native_library("small")
+        assert library is not None
+        answers.append(library.answer())
+
+    threads = [Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert answers == [42] * 4
+    assert len(compiled) == 1
+
+
+def test_what_is_compiled_ahead_is_there_when_it_is_asked_for(empty_cache: Path) -> None:
+    jit.compile_ahead()
+    library = jit.native_library("small")
+    assert library is not None
+    assert library.answer() == 42
+    assert [path.suffix for path in empty_cache.iterdir()] == [".so"]
