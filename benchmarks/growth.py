@@ -19,9 +19,9 @@ import datetime
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from growth_plot import draw
 from report import table
@@ -58,6 +58,10 @@ SIZE_PROMPT = 512
 DECODE_TOKENS = 32
 
 
+Row: TypeAlias = tuple[dict[str, Any], Callable[[Machine], dict[str, Any]]]
+"""What was measured, and its bounds on a machine: how fast that is, is known best when all is measured."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,26 +74,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--image", type=Path, default=HERE.parent / "docs/images/growth.svg")
     args = parser.parse_args(arguments)
     repeat = 1 if args.quick else args.repeat
-    machine = measure_machine()
-    document: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": args.model,
-        "dtype": args.dtype,
-        "machine": machine.as_json(),
-    }
-    parts = args.part or PARTS
+    parts, machine = args.part or PARTS, measure_machine()
+    measured: dict[str, list[Row]] = {}
     if "requests" in parts or "context" in parts:
         with LLM(args.model, dtype=args.dtype) as llm:
             warm_up(llm)
             if "requests" in parts:
                 counts = REQUESTS[:2] if args.quick else REQUESTS
-                document["requests"] = over_requests(llm, machine, counts, repeat=repeat)
+                measured["requests"] = over_requests(llm, counts, repeat=repeat)
+                machine = machine.at_best(measure_machine())  # it may have been busy before
             if "context" in parts:
                 lengths = CONTEXTS[:1] if args.quick else CONTEXTS
-                document["context"] = over_context(llm, machine, lengths, repeat=repeat)
+                measured["context"] = over_context(llm, lengths, repeat=repeat)
     if "size" in parts:
         sizes = QUICK_SIZES if args.quick else SIZES
-        document["size"] = over_size(sizes, args.dtype, machine, repeat=repeat)
+        measured["size"] = over_size(sizes, args.dtype, repeat=repeat)
+    machine = machine.at_best(measure_machine())
+    document = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": args.model,
+        "dtype": args.dtype,
+        "machine": machine.as_json(),
+        **{part: [row | bounds(machine) for row, bounds in rows] for part, rows in measured.items()},
+    }
     write(document, args.results, args.image)
 
 
@@ -99,56 +106,62 @@ def best(llm: LLM, workload: Workload, *, repeat: int) -> Measurement:
     return min((measure(llm, job) for _ in range(repeat)), key=lambda run: run.elapsed_s)
 
 
-def over_requests(llm: LLM, machine: Machine, counts: Sequence[int], *, repeat: int) -> list[dict[str, Any]]:
+def over_requests(llm: LLM, counts: Sequence[int], *, repeat: int) -> list[Row]:
     """Output tokens per second of so many sequences that decode together."""
-    weights, rows = Weights.of_engine(llm.info), []
-    for count in tqdm(counts, desc="requests"):
+    weights = Weights.of_engine(llm.info)
+
+    def row(count: int) -> Row:
         step_s = decode_step_s(best(llm, uniform("growth", count, 32, DECODE_TOKENS), repeat=repeat))
-        bound = count / step_seconds(count, weights, machine)
-        rows.append({"requests": count, "tokens_per_s": round(count / step_s, 2), "bound": round(bound, 2)})
-    return rows
-
-
-def over_context(llm: LLM, machine: Machine, lengths: Sequence[int], *, repeat: int) -> list[dict[str, Any]]:
-    """Seconds of a prompt, and of a decode step after it. The longest leaves room for what is decoded."""
-    weights, rows = Weights.of_engine(llm.info), []
-    for length in tqdm(lengths, desc="context"):
-        length = min(length, llm.info.max_model_len - DECODE_TOKENS)
-        run = best(llm, uniform("growth", 1, length, DECODE_TOKENS), repeat=repeat)
-        rows.append(
-            {
-                "context": length,
-                "prefill_s": round(run.ttft_s[0], 4),
-                "prefill_bound_s": round(step_seconds(length, weights, machine), 4),
-                "step_s": round(decode_step_s(run), 5),
-                "step_bound_s": round(step_seconds(1, weights, machine), 5),
-            }
+        return (
+            {"requests": count, "tokens_per_s": round(count / step_s, 2)},
+            lambda machine: {"bound": round(count / step_seconds(count, weights, machine), 2)},
         )
-    return rows
+
+    return [row(count) for count in tqdm(counts, desc="requests")]
 
 
-def over_size(sizes: dict[str, tuple[int, ...]], dtype: str, machine: Machine, *, repeat: int) -> list[dict[str, Any]]:
+def over_context(llm: LLM, lengths: Sequence[int], *, repeat: int) -> list[Row]:
+    """Seconds of a prompt, and of a decode step after it. The longest leaves room for what is decoded."""
+    weights = Weights.of_engine(llm.info)
+
+    def row(length: int) -> Row:
+        run = best(llm, uniform("growth", 1, length, DECODE_TOKENS), repeat=repeat)
+        return (
+            {"context": length, "prefill_s": round(run.ttft_s[0], 4), "step_s": round(decode_step_s(run), 5)},
+            lambda machine: {
+                "prefill_bound_s": round(step_seconds(length, weights, machine), 4),
+                "step_bound_s": round(step_seconds(1, weights, machine), 5),
+            },
+        )
+
+    return [row(min(length, llm.info.max_model_len - DECODE_TOKENS)) for length in tqdm(lengths, desc="context")]
+
+
+def over_size(sizes: dict[str, tuple[int, ...]], dtype: str, *, repeat: int) -> list[Row]:
     """Decode at one request and the prompt of Llamas with random weights."""
-    rows = []
-    for name, shape in tqdm(sizes.items(), desc="sizes"):
+
+    def row(name: str, shape: tuple[int, ...]) -> Row:
         with tempfile.TemporaryDirectory(prefix="growth-") as folder:
             write_config(Path(folder), shape)
             options = {"dtype": dtype, "load_format": "dummy", "max_model_len": 1024, "kv_cache_memory_bytes": 2**29}
             with LLM(folder, **options) as llm:
                 warm_up(llm)
                 run = best(llm, uniform("growth", 1, SIZE_PROMPT, DECODE_TOKENS), repeat=repeat)
-                weights, step_s = Weights.of_engine(llm.info), decode_step_s(run)
-        rows.append(
+                weights = Weights.of_engine(llm.info)
+        return (
             {
                 "size": name,
                 "parameters": weights.num_parameters,
-                "tokens_per_s": round(1 / step_s, 2),
-                "bound": round(1 / step_seconds(1, weights, machine), 2),
+                "tokens_per_s": round(1 / decode_step_s(run), 2),
                 "prefill_tokens_per_s": round(SIZE_PROMPT / run.ttft_s[0], 1),
+            },
+            lambda machine: {
+                "bound": round(1 / step_seconds(1, weights, machine), 2),
                 "prefill_bound": round(SIZE_PROMPT / step_seconds(SIZE_PROMPT, weights, machine), 1),
-            }
+            },
         )
-    return rows
+
+    return [row(name, shape) for name, shape in tqdm(sizes.items(), desc="sizes")]
 
 
 def decode_step_s(run: Measurement) -> float:
