@@ -15,6 +15,7 @@ from shardwright.replay.program import Program
 from shardwright.replay.trace import Trace, TraceMode
 
 WIDTH, ROWS = 24, 40
+MOST_TOKENS = 90
 Function = Callable[[Tensor, Tensor], Tensor]
 """Of features [T, WIDTH] and positions [T]."""
 
@@ -51,4 +52,4 @@ def recording_of(function: Function, table: Tensor, sizes: Sequence[int] = (2, 3
 
 
 def program_of(function: Function, table: Tensor, sizes: Sequence[int] = (2, 3, 5)) -> Program:
-    return Program(recording_of(function, table, sizes), most_tokens=max(*sizes, 16), most_rows=max(*sizes, 16))
+    return Program(recording_of(function, table, sizes), most_tokens=max(*sizes, MOST_TOKENS), most_rows=max(*sizes, MOST_TOKENS))
