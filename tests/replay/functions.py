@@ -52,4 +52,5 @@ def recording_of(function: Function, table: Tensor, sizes: Sequence[int] = (2, 3
 
 
 def program_of(function: Function, table: Tensor, sizes: Sequence[int] = (2, 3, 5)) -> Program:
-    return Program(recording_of(function, table, sizes), most_tokens=max(*sizes, MOST_TOKENS), most_rows=max(*sizes, MOST_TOKENS))
+    most = max(*sizes, MOST_TOKENS)
+    return Program(recording_of(function, table, sizes), most_tokens=most, most_rows=most)

@@ -188,14 +188,14 @@ void finish(const Shape& shape, const Extras& extras, float* partials, int64_t c
         float largest = extras.sinks ? extras.sinks[h] : -INFINITY;
         for (int64_t p = 0; p < count; ++p) largest = std::max(largest, Partial(partials + p * size, heads).largest[h]);
         float total = extras.sinks ? exponential(extras.sinks[h] - largest) : 0.0f;
+        float* const sums = all.sums + h * dim;
         for (int64_t p = 0; p < count; ++p) {
             const Partial part(partials + p * size, heads);
             const float factor = part.largest[h] == largest ? 1.0f : exponential(part.largest[h] - largest);
             total += part.total[h] * factor;
-            for (int64_t d = 0; d < dim && (p > 0 || factor != 1.0f); ++d)
-                all.sums[h * dim + d] = (p > 0 ? all.sums[h * dim + d] : 0.0f) + part.sums[h * dim + d] * factor;
+            for (int64_t d = 0; d < dim; ++d) sums[d] = (p > 0 ? sums[d] : 0.0f) + part.sums[h * dim + d] * factor;
         }
-        store_reordered(all.sums + h * dim, 1.0f / total, dim, output + h * dim);
+        store_reordered(sums, 1.0f / total, dim, output + h * dim);
     }
 }
 
@@ -212,11 +212,12 @@ bool attend_decodes(const Shape& shape, const Sequences& step, const T* query, c
     bool has_others = false, has_parts = false;
     all_pieces.clear();
     for (int64_t s = 0; s < step.count; ++s) {
-        const int64_t token = step.starts[s], count = (step.last[token] - step.first[token]) / PIECE + 1;
+        const int64_t token = step.starts[s];
         if (step.starts[s + 1] - token != 1) {
             has_others = true;
             continue;
         }
+        const int64_t count = (step.last[token] - step.first[token]) / PIECE + 1;
         has_parts |= count > 1;
         for (int64_t piece = 0; piece < count; ++piece) all_pieces.push_back({s, piece, count});
     }
