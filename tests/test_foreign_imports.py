@@ -51,6 +51,35 @@ def test_the_compiler_is_put_off_and_training_left_out() -> None:
     assert run.stdout.strip() == "done", run.stderr[-3000:]
 
 
+def test_what_is_marked_can_be_called_before_anything_else_asks_for_the_compiler() -> None:
+    script = """
+import sys
+from shardwright.foreign_imports import postpone_compiler
+postpone_compiler()
+import torch
+
+
+@torch.compiler.disable
+def apart(x):
+    return x + 1
+
+
+@torch._disable_dynamo  # as PyTorch marks its own
+def own(x):
+    return x + 2
+
+
+x = torch.ones(3)
+assert "torch._dynamo.eval_frame" not in sys.modules
+for _ in range(2):
+    assert torch.equal(own(x), x + 2)
+    assert torch.equal(apart(x), x + 1)
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "done", run.stderr[-3000:]
+
+
 def test_a_compiler_that_is_there_stays() -> None:
     script = """
 import torch._dynamo

@@ -76,7 +76,8 @@ class _Postponed(ModuleType):
         """As torch._dynamo.disable; the function that it makes imports torch._dynamo when it is called."""
         import torch
 
-        if fn is None or isinstance(fn, FunctionType):
+        # Such a function asks again then, and without wrapping: it would get itself.
+        if options.get("wrapping", True) and (fn is None or isinstance(fn, FunctionType)):
             return torch._disable_dynamo(fn, recursive)  # type: ignore[attr-defined]  # PyTorch's own way to put it off
         return self._imported().disable(fn, recursive, **options)
 
