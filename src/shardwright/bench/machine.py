@@ -6,6 +6,7 @@ huge pages, and matrices are multiplied by torch and by shardwright's own kernel
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -71,36 +72,40 @@ def measure_machine(device: str = "cpu") -> Machine:
 
 def read_gb_per_s(device: str) -> float:
     """Bytes read per second when a large tensor is summed up."""
-    size = READ_BYTES if device != "cpu" else min(READ_BYTES, psutil.virtual_memory().available // 4)
     if device == "cpu":
+        size = min(READ_BYTES, psutil.virtual_memory().available // 4)
         numbers = empty_in_huge_pages(size // 4 * 4).view(torch.float32).fill_(1.0)
     else:
-        numbers = torch.ones(size // 4, dtype=torch.float32, device=device)
+        numbers = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
     seconds = best_seconds(numbers.sum, device)
     return numbers.nbytes / seconds / 1e9
 
 
 def gemm_gflop_per_s(device: str, dtype: torch.dtype) -> float:
     """Rate of `x @ w.T` in the shape of a linear layer over a packed batch."""
-    rows, depth, columns = GEMM_SHAPE
-    x = torch.ones(rows, depth, dtype=dtype, device=device)
-    w = torch.ones(columns, depth, dtype=dtype, device=device)
+    x, w = _factors(device, dtype)
     with torch.inference_mode():
-        seconds = best_seconds(lambda: torch.nn.functional.linear(x, w), device)
-    return 2 * rows * depth * columns / seconds / 1e9
+        return _gflop_per_s(lambda: torch.nn.functional.linear(x, w), device)
 
 
 def packed_gflop_per_s() -> float:
     """The same by shardwright's own kernel."""
+    x, w = _factors("cpu", torch.bfloat16)
+    packed = pack_weight(w)
+    return _gflop_per_s(lambda: packed_linear(x, packed, None, len(w)), "cpu")
+
+
+def _factors(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, depth, columns = GEMM_SHAPE
-    x = torch.ones(rows, depth, dtype=torch.bfloat16)
-    w = pack_weight(torch.ones(columns, depth, dtype=torch.bfloat16))
-    seconds = best_seconds(lambda: packed_linear(x, w, None, columns), "cpu")
-    return 2 * rows * depth * columns / seconds / 1e9
+    return torch.ones(rows, depth, dtype=dtype, device=device), torch.ones(columns, depth, dtype=dtype, device=device)
+
+
+def _gflop_per_s(product: Callable[[], Tensor], device: str) -> float:
+    return 2 * math.prod(GEMM_SHAPE) / best_seconds(product, device) / 1e9
 
 
 def best_seconds(work: Callable[[], Tensor], device: str) -> float:
-    """The shortest of the times that a piece of work took, over about a second of tries."""
+    """The shortest of the times that a piece of work took, over about half a second of tries."""
     best = float("inf")
     tries, end = 0, time.perf_counter() + SECONDS_PER_MEASUREMENT
     while tries < FEWEST_TRIES or time.perf_counter() < end:
