@@ -38,7 +38,7 @@ FLAGS = (
 COMPILE_TIMEOUT_S = 120
 
 _locks: defaultdict[str, Lock] = defaultdict(Lock)
-"""By library: nobody compiles it a second time while another thread does."""
+"""By library, and by compiler: what one thread is about to know, no other asks a second time."""
 
 
 def native_library(name: str) -> ctypes.CDLL | None:
@@ -75,7 +75,9 @@ def _loaded(name: str) -> ctypes.CDLL | None:
 def _compiled(source: Path, compiler: str) -> Path:
     """The shared library of a source file, compiled unless the cache has it. Raises OSError or SubprocessError."""
     sources = [source.read_bytes(), *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
-    identity = b"\0".join([*sources, _version(compiler), " ".join(FLAGS).encode(), _processor().encode()])
+    with _locks[compiler]:
+        version = _version(compiler)  # a process: started once, for all
+    identity = b"\0".join([*sources, version, " ".join(FLAGS).encode(), _processor().encode()])
     directory = cache_directory() / "kernels"
     library = directory / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if library.exists():
