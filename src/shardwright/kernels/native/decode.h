@@ -124,11 +124,10 @@ inline void store_reordered(const float* from, float factor, int64_t dim, T* to)
     for (int64_t d = whole; d < dim; ++d) store(from[d] * factor, to + d);
 }
 
-// Scores of H query heads become weights, relative to the largest of each, which is told with their sum.
-template <int H>
-inline void weigh_partly(const Shape& shape, const Extras& extras, float* scores, int64_t length, int64_t stride, int64_t distance,
+// Scores of some query heads become weights, relative to the largest of each, which is told with their sum.
+inline void weigh_partly(const Shape& shape, const Extras& extras, int heads, float* scores, int64_t length, int64_t stride, int64_t distance,
                          float* largest, float* total) {
-    for (int h = 0; h < H; ++h) {
+    for (int h = 0; h < heads; ++h) {
         float* const row = scores + h * stride;
         adjust(shape, extras.of(shape, h), row, length, distance);
         std::fill(row + length, row + stride, -INFINITY);
@@ -165,7 +164,7 @@ void decode(const Shape& shape, const T* query, const T* keys, const T* values, 
             }
             score<some>(rows, wide, dim, scores + i, stride);
         }
-        weigh_partly<some>(shape, extras.of(shape, head), scores, length, stride, own - first, partial.largest + head, partial.total + head);
+        weigh_partly(shape, extras.of(shape, head), some, scores, length, stride, own - first, partial.largest + head, partial.total + head);
         float* const sums = partial.sums + head * value_dim;
         int64_t d = 0;
         for (; d + MIXED <= value_dim; d += MIXED)
