@@ -41,12 +41,22 @@ def test_what_is_being_made_ready_is_not_written_to_once_it_is_taken() -> None:
 
 
 def test_the_rest_goes_back_to_the_system() -> None:
-    process, held = psutil.Process(), Reserve(SIZE)
+    process, held = psutil.Process(), Reserve(SIZE, SIZE)
     held._thread.join()
     before = process.memory_info().rss
     memory = held.take(PAGE_BYTES)
     assert before - process.memory_info().rss >= SIZE - 2 * PAGE_BYTES
     assert not memory.any()
+
+
+def test_a_reserve_may_be_asked_for_more_than_is_made_ready() -> None:
+    process, before = psutil.Process(), psutil.Process().memory_info().rss
+    reserve(PAGE_BYTES, room=SIZE)
+    assert reserved_bytes() == PAGE_BYTES
+    memory = empty_in_huge_pages(SIZE)
+    assert process.memory_info().rss - before < SIZE // 2
+    assert not memory.any()
+    assert reserved_bytes() == 0
 
 
 def test_too_small_a_reserve_is_given_back() -> None:

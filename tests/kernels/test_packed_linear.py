@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from shardwright.kernels import jit
 from shardwright.kernels import packed_linear as kernel
 from shardwright.kernels.packed_linear import (
+    compact_bytes,
     is_available,
+    keep_unpacked,
     pack_weight,
     packed_elements,
     packed_linear,
     packed_linear_reference,
+    panel_features,
+    unpack_weight,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,11 +84,112 @@ def test_infinity_and_not_a_number_pass_through(dtype: torch.dtype) -> None:
     assert output[2, 0] == 8
 
 
+def trained(outer: int, inner: int) -> torch.Tensor:
+    """A weight such as training makes: most numbers of a few magnitudes, some zero, some very small."""
+    generator = torch.Generator().manual_seed(outer + inner)
+    weight = torch.randn(outer, inner, generator=generator) * 0.02
+    weight.view(-1)[:: max(outer * inner // 5, 1)] *= 1e-6
+    weight.view(-1)[1 :: max(outer * inner // 7, 1)] = 0
+    return weight.bfloat16()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    outer=st.integers(1, 70),
+    groups=st.integers(1, 90),
+    spread=st.integers(0, 40),
+    magnitude=st.integers(-130, 120),
+    wild=st.integers(0, 3),
+    is_turned=st.booleans(),
+)
+def test_a_weight_is_kept_bit_by_bit(
+    outer: int, groups: int, spread: int, magnitude: int, wild: int, is_turned: bool
+) -> None:
+    generator = torch.Generator().manual_seed(outer * 1000 + groups)
+    exponents = magnitude - torch.randint(0, spread + 1, (outer, 4 * groups), generator=generator)
+    weight = torch.ldexp(torch.randn(outer, 4 * groups, generator=generator), exponents).bfloat16()
+    if wild:  # any bits: numbers of all magnitudes, infinities and those that are none
+        bits = torch.randint(-(2**15), 2**15, weight.shape, generator=generator, dtype=torch.int16)
+        chosen = torch.rand(weight.shape, generator=generator) < 0.1**wild
+        weight = torch.where(chosen, bits, weight.view(torch.int16)).view(torch.bfloat16)
+    weight = weight.T.contiguous().T if is_turned else weight
+    kept = unpack_weight(pack_weight(weight), *weight.shape)
+    assert torch.equal(kept.view(torch.int16), weight.view(torch.int16))
+
+
+def test_trained_weights_of_bfloat16_take_12_bits() -> None:
+    weight = trained(640, 576)
+    packed = pack_weight(weight)
+    assert packed.dtype is torch.uint8
+    assert packed.nbytes <= 0.79 * weight.nbytes
+    whole = pack_weight(weight, torch.empty(packed_elements(640, 576), dtype=torch.bfloat16))
+    assert whole.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(640, 574), (16, 2)])
+def test_what_has_no_groups_of_four_inputs_takes_16_bits(shape: tuple[int, int]) -> None:
+    weight = trained(*shape)
+    assert compact_bytes(weight) is None
+    assert pack_weight(weight).dtype is torch.bfloat16
+
+
+def test_a_weight_of_too_many_magnitudes_takes_16_bits() -> None:
+    weight = torch.ldexp(torch.ones(64, 64), torch.arange(64)).bfloat16()
+    size = compact_bytes(weight)
+    assert size is not None
+    packed = pack_weight(weight, torch.empty(size, dtype=torch.uint8))
+    assert packed.dtype is torch.bfloat16
+    x = torch.ones(1, 64)
+    torch.testing.assert_close(packed_linear(x, packed, None, 64), packed_linear_reference(x, weight, None))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 6, 7, 12, 13, 40, 300])
+@pytest.mark.parametrize(("outer", "inner"), [(37, 64), (48, 1028), (640, 576)])
+def test_12_bits_give_what_16_give(tokens: int, outer: int, inner: int) -> None:
+    weight, x = trained(outer, inner), torch.randn(tokens, inner)
+    bias = torch.randn(outer)
+    actual = packed_linear(x, pack_weight(weight), bias, outer)
+    torch.testing.assert_close(actual, packed_linear_reference(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_is_needed_again_is_kept_unpacked() -> None:
+    outer, inner = 320, 2048
+    weight, x = trained(outer, inner), torch.randn(9, inner)
+    size = compact_bytes(weight)
+    assert size is not None
+    memory = torch.zeros(size // 64 * 64 + 64 + 2 * packed_elements(outer, inner), dtype=torch.uint8)
+    into, unpacked = memory[:size], memory[size // 64 * 64 + 64 :].view(torch.bfloat16)
+    packed = pack_weight(weight, into)
+    whole = pack_weight(weight, torch.empty_like(unpacked))
+    expected = packed_linear(x, packed, None, outer)
+    assert not unpacked.any(), "it was not said that it may be"
+    keep_unpacked(packed, unpacked, outer, inner)
+    for tokens in (1, 2, 1, 2):
+        packed_linear(x[:tokens], packed, None, outer)
+    assert not unpacked.any(), "one or two tokens read 12 bits"
+    assert torch.equal(packed_linear(x, packed, None, outer), expected)
+    assert not unpacked.any(), "nobody knows whether it is needed again"
+    for _ in range(10):
+        assert torch.equal(packed_linear(x, packed, None, outer), expected)
+    assert torch.equal(unpacked, whole)
+    x = torch.randn(500, inner)
+    torch.testing.assert_close(
+        packed_linear(x, packed, None, outer), packed_linear_reference(x, weight, None), rtol=1e-5, atol=1e-5
+    )
+    pack_weight(-weight, into)
+    torch.testing.assert_close(packed_linear(x, packed, None, outer), packed_linear_reference(x, -weight, None))
+
+
 def test_a_weight_of_another_shape_is_refused() -> None:
     packed = pack_weight(torch.ones(2, 8))
     assert len(packed) == packed_elements(2, 8)
     with pytest.raises(ValueError, match="no packed weight of 2 x 7 has"):
         packed_linear(torch.ones(1, 7), packed, None, 2)
+    compact = pack_weight(trained(64, 64))
+    with pytest.raises(ValueError, match="no packed weight of 64 x 60 has"):
+        packed_linear(torch.ones(1, 60), compact, None, 64)
+    with pytest.raises(ValueError, match="no packed weight of 64 x 62 has"):
+        packed_linear(torch.ones(1, 62), compact, None, 64)
     with pytest.raises(ValueError, match="its bias is not float32"):
         packed_linear(torch.ones(1, 8), packed, torch.ones(2, dtype=torch.bfloat16), 2)
 
@@ -127,6 +232,18 @@ def test_other_processors_compute_the_same(dtype: torch.dtype, tokens: int, inne
     actual = packed_linear(x, pack_weight(weight), None, outer)
     expected = packed_linear_reference(x, weight, None)
     torch.testing.assert_close(actual, expected, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-4)
+
+
+@pytest.mark.usefixtures("plain_processor")
+def test_other_processors_keep_12_bits_too() -> None:
+    weight = trained(100, 1028)
+    packed = pack_weight(weight)
+    assert (packed.dtype, panel_features()) == (torch.uint8, 8)
+    assert torch.equal(unpack_weight(packed, 100, 1028), weight)
+    for tokens in (1, 2, 3, 20):
+        x = torch.randn(tokens, 1028)
+        expected = packed_linear_reference(x, weight, None)
+        torch.testing.assert_close(packed_linear(x, packed, None, 100), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_are_known_without_computing() -> None:

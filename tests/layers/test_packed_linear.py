@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardwright.layers import packed_linear
-from shardwright.layers.cpu_linears import replace_linears
+from shardwright.layers.cpu_linears import keep_unpacked, replace_linears
 from shardwright.layers.packed_linear import PackedLinear, pack_linears
 from shardwright.layers.upcast_linear import UpcastLinear
 
@@ -75,6 +75,28 @@ def test_many_tokens_are_left_to_torch_where_it_is_told_so() -> None:
     with torch.inference_mode():
         assert module(torch.ones(4, 9)).count_nonzero() == 0
         assert module(torch.ones(5, 9)).count_nonzero() > 0
+
+
+@pytest.mark.parametrize(("share", "keeps"), [(0.125, True), (1e-9, False)])
+def test_weights_are_kept_unpacked_where_memory_is_plentiful(
+    share: float, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_linear, "UNPACKED_SHARE", share)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        module = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 30)).bfloat16()
+    x = torch.linspace(-2, 2, 5 * 256).view(5, 256).bfloat16()
+    replace_linears(module)
+    first = module[0]
+    assert isinstance(first, PackedLinear)
+    assert (first.packed.dtype, first.unpacked is not None) == (torch.uint8, keeps)
+    with torch.inference_mode():
+        expected = [module(x) for _ in range(10)][-1]
+        assert first.unpacked is None or not first.unpacked.any(), "it does not serve yet"
+        keep_unpacked(module)
+        for _ in range(10):
+            assert torch.equal(module(x), expected)
+    assert first.unpacked is None or first.unpacked.any()
 
 
 def test_without_memory_linears_are_widened(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,12 +25,12 @@ _TOUCHED_AT_ONCE = 8 * PAGE_BYTES
 
 
 class Reserve:
-    """Memory in huge pages that a thread gets from the system, for whoever asks for as much next."""
+    """Memory in huge pages for whoever asks for as much next; a thread gets the first part of it from the system."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self._memory, self._start = _mapped(num_bytes)
+    def __init__(self, num_bytes: int, room: int) -> None:
+        self._memory, self._start = _mapped(room)
         self._is_wanted = True
-        self.num_bytes = num_bytes
+        self.num_bytes, self.room = num_bytes, room
         self._thread = Thread(target=self._touch, name="memory", daemon=True)
         self._thread.start()
 
@@ -60,11 +60,16 @@ _reserved: list[Reserve] = []
 """One, or none."""
 
 
-def reserve(num_bytes: int) -> None:
-    """Begin to get memory that will be asked for, in the background. What was reserved before is given back."""
+def reserve(num_bytes: int, room: int | None = None) -> None:
+    """Begin to get memory that will be asked for, in the background. What was reserved before is given back.
+
+    Args:
+        num_bytes: that will be written to.
+        room: most bytes that will be asked for, if that is more: the rest takes no memory until it is used.
+    """
     release()
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        _reserved.append(Reserve(num_bytes))
+        _reserved.append(Reserve(num_bytes, max(num_bytes, room or 0)))
 
 
 def release() -> None:
@@ -86,7 +91,7 @@ def empty_in_huge_pages(num_bytes: int) -> Tensor:
     """
     if num_bytes < PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_bytes, dtype=torch.uint8)
-    if _reserved and num_bytes <= reserved_bytes():
+    if _reserved and num_bytes <= _reserved[0].room:
         return _reserved.pop().take(num_bytes)
     release()
     return _tensor(*_mapped(num_bytes), num_bytes)

@@ -27,6 +27,13 @@ def replace_linears(module: nn.Module) -> None:
         upcast_linears(module)
 
 
+def keep_unpacked(module: nn.Module) -> None:
+    """Let linears keep what they unpack for several tokens: of use once a model serves, not while it is looked at."""
+    for held in module.modules():
+        if isinstance(held, PackedLinear):
+            held.keep_unpacked()
+
+
 @contextmanager
 def plain_linears(module: nn.Module) -> Iterator[None]:
     """While open, products are torch's own, with the weights that code knows, for those who watch what it does."""

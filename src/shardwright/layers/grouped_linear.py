@@ -138,7 +138,7 @@ def _packed(matrices: Sequence[Tensor], packed: Mapping[int, Tensor]) -> list[Te
         return [packed[m.data_ptr()] for m in matrices]
     weights = [m.mT for m in matrices]
     room = room_for_packed(weights)
-    return [] if room is None else [pack_weight(weight, into) for weight, into in zip(weights, room, strict=True)]
+    return [] if room is None else [pack_weight(weight, own.packed) for weight, own in zip(weights, room, strict=True)]
 
 
 @cache

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.kernels.huge_pages import empty_in_huge_pages, release, reserve, reserved_bytes
-from shardwright.kernels.packed_linear import PACKED_LINEAR, PACKED_TYPES, pack_weight, packed_elements, packed_linear
+from shardwright.kernels.packed_linear import (
+    PACKED_LINEAR,
+    PACKED_TYPES,
+    compact_bytes,
+    keep_unpacked,
+    pack_weight,
+    packed_elements,
+    packed_linear,
+)
 from shardwright.layers.parallel import PARALLEL_LINEARS, combined
 from shardwright.layers.upcast_linear import has_fast_half_products
 
@@ -27,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.5
 """Of the memory available that packed weights may take."""
+COMPACT_SHARE = 0.77
+"""Of the bytes of bfloat16 weights that they take in 12 bits."""
+UNPACKED_SHARE = 0.125
+"""Of the memory available that they may take once more, unpacked."""
 FEW_TOKENS = 16
 """On CPUs with half-precision matrix products: up to so many tokens reading the weight is what takes time."""
 ALIGNMENT = 64
@@ -38,6 +50,8 @@ class PackedLinear(nn.Linear):
     """nn.Linear with a packed weight beside its own."""
 
     packed: Tensor
+    unpacked: Tensor | None
+    """Room for the weight in 16 bits beside one in 12."""
     wide_bias: Tensor | None
     """In float32."""
     packed_version: int
@@ -49,9 +63,14 @@ class PackedLinear(nn.Linear):
 
     def pack(self) -> None:
         """Take the weight and bias as they are now."""
-        pack_weight(self.weight, self.packed)
+        self.packed = pack_weight(self.weight, self.packed)
         self.wide_bias = None if self.bias is None else self.bias.detach().float()
         self.packed_version = _version(self.weight)
+
+    def keep_unpacked(self) -> None:
+        """Let the weight be kept in 16 bits too once they are needed, if it is packed in 12 and there is room."""
+        if self.unpacked is not None and self.packed.dtype is torch.uint8:
+            keep_unpacked(self.packed, self.unpacked, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], dtype of the input."""
@@ -77,10 +96,10 @@ def pack_linears(module: nn.Module) -> int:
     room = room_for_packed([linear.weight for linear in linears])
     if room is None:
         return 0
-    for linear, packed in zip(linears, room, strict=True):
+    for linear, own in zip(linears, room, strict=True):
         linear.__class__ = PackedLinear if type(linear) is nn.Linear else combined((type(linear), PackedLinear))
         assert isinstance(linear, PackedLinear)
-        linear.packed = packed
+        linear.packed, linear.unpacked = own
         linear.pack()
         linear.most_tokens = most_packed_tokens(linear.weight.dtype)
     return len(linears)
@@ -88,29 +107,52 @@ def pack_linears(module: nn.Module) -> int:
 
 @contextmanager
 def memory_ahead(num_bytes: int) -> Iterator[None]:
-    """While open, memory for packed weights is made ready in the background, if there may be as much."""
+    """While open, memory to pack so many bytes of weights to is made ready in the background, if there is as much."""
     if num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available:
-        reserve(num_bytes)
+        reserve(int(num_bytes * COMPACT_SHARE), room=2 * num_bytes)
     try:
         yield
     finally:
         release()
 
 
-def room_for_packed(weights: Sequence[Tensor]) -> list[Tensor] | None:
+class Room(NamedTuple):
+    """Memory for a packed weight, and if it is packed in 12 bits for one in 16, as far as there is as much."""
+
+    packed: Tensor
+    unpacked: Tensor | None
+
+
+def room_for_packed(weights: Sequence[Tensor]) -> list[Room] | None:
     """Where weights [outer, inner] are packed to, side by side in huge pages; None, with a warning, if memory is short.
 
     Args:
         weights: each of one of PACKED_TYPES.
     """
     types = [PACKED_TYPES[weight.dtype] for weight in weights]
-    sizes = [packed_elements(*weight.shape) * t.itemsize for weight, t in zip(weights, types, strict=True)]
-    starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
-    if starts[-1] > MEMORY_SHARE * (psutil.virtual_memory().available + reserved_bytes()):
+    plain = [packed_elements(*weight.shape) * own.itemsize for weight, own in zip(weights, types, strict=True)]
+    compact = [compact_bytes(weight) for weight in weights]
+    sizes = [most if least is None else least for most, least in zip(plain, compact, strict=True)]
+    starts = [0, *accumulate(_aligned(size) for size in sizes)]
+    available = psutil.virtual_memory().available + reserved_bytes()
+    if starts[-1] > MEMORY_SHARE * available:
         logger.warning("weights are not packed, which makes steps slower: it takes %.1f GiB", starts[-1] / 2**30)
         return None
-    memory = empty_in_huge_pages(starts[-1])
-    return [memory[s : s + size].view(t) for s, size, t in zip(starts, sizes, types, strict=False)]
+    # Pages that nothing is written to take no memory.
+    later = [0, *accumulate(0 if least is None else _aligned(most) for most, least in zip(plain, compact, strict=True))]
+    is_kept = later[-1] <= UNPACKED_SHARE * available
+    memory = empty_in_huge_pages(starts[-1] + later[-1] * is_kept)
+    packed, unpacked = memory.tensor_split([starts[-1]])
+    return [
+        Room(packed[start : start + size].view(own), None)
+        if least is None
+        else Room(packed[start : start + size], unpacked[far : far + most].view(own) if is_kept else None)
+        for start, size, far, most, least, own in zip(starts, sizes, later, plain, compact, types, strict=False)
+    ]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def most_packed_tokens(dtype: torch.dtype) -> int | None:

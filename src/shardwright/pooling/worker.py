@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from shardwright.config import EngineConfig, PoolingConfig
 from shardwright.engine.messages import EngineInfo, PoolingInfo, PoolingRequest
 from shardwright.errors import UnsupportedModelError
-from shardwright.layers.cpu_linears import replace_linears
+from shardwright.layers.cpu_linears import keep_unpacked, replace_linears
 from shardwright.layers.quantized_linear import quantizable_linears, quantize_linears
 from shardwright.loading.checkpoint import checkpoint_path
 from shardwright.loading.load import weight_bytes
@@ -60,6 +60,7 @@ class PoolingWorker:
         torch.nn.Module.to(module, device)
         if device.type == "cpu":
             replace_linears(module)
+            keep_unpacked(module)
         vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
         if not isinstance(vocab_size, int):
             raise UnsupportedModelError(

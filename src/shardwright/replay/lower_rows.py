@@ -74,7 +74,7 @@ def normalize(
 
 def linear(out: Place, value: Place, packed: Place, bias: Place | None, *codes: int) -> Lowered:
     """[M, K] by a packed weight, plus [N] float32; codes have a group size and bits."""
-    if not are(FLOATS, out, value) or not (codes or are(FLOATS, packed)):
+    if not are(FLOATS, out, value):
         return None
     return [Instruction(Operation.LINEAR, (out, value, packed, bias), (0, *codes) if codes else ())]
 

@@ -24,7 +24,7 @@ from shardwright.config import EngineConfig, ModelConfig, SchedulerConfig
 from shardwright.errors import ConfigError, UnsupportedModelError
 from shardwright.experts.loops import ExpertLoops
 from shardwright.foreign_errors import described
-from shardwright.layers.cpu_linears import replace_linears
+from shardwright.layers.cpu_linears import keep_unpacked, replace_linears
 from shardwright.layers.few_launches import FewLaunches
 from shardwright.layers.parallel import gather_logits_once
 from shardwright.layers.upcast_linear import has_fast_half_products
@@ -244,6 +244,7 @@ def adapt(
                 _store_in_8_bits(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
+            keep_unpacked(module)
             return model
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"

@@ -1,5 +1,6 @@
 // Linears with packed weights; see kernels/packed_linear.py.
 
+#include "compact.h"
 #include "packed_codes.h"
 
 namespace {
@@ -42,22 +43,37 @@ extern "C" void pack_weight(int64_t is_half, const void* weight, int64_t outer_s
     else pack(static_cast<const float*>(weight), outer_stride, inner_stride, outer, inner, static_cast<float*>(packed));
 }
 
-// input [tokens, inner] and output [tokens, outer] of the same type, contiguous; bias [outer] float32 or null.
-extern "C" void packed_linear(int64_t is_half_weight, int64_t is_half, const void* input, const void* weight, const float* bias, void* output,
+extern "C" int64_t compact_bytes(int64_t outer, int64_t inner) { return Compact::bytes(outer, inner); }
+
+// Returns whether the weight, of bfloat16, fits.
+extern "C" int64_t pack_compact(const uint16_t* weight, int64_t outer_stride, int64_t inner_stride, int64_t outer, int64_t inner, uint8_t* packed) {
+    return compress(weight, outer_stride, inner_stride, outer, inner, packed);
+}
+
+// From now on the weight may be kept unpacked, as pack_weight makes it, so many bytes after it.
+extern "C" void keep_unpacked(uint8_t* packed, int64_t outer, int64_t inner, int64_t distance) {
+    Compact{inner, (outer + PANEL - 1) / PANEL, packed}.distance() = distance;
+}
+
+// input [tokens, inner] and output [tokens, outer] of the same type, contiguous; bias [outer] float32 or null. The weight has numbers of 32,
+// 16 or 12 bits; of 12, unpacked ones may be kept beside it.
+extern "C" void packed_linear(int64_t weight_bits, int64_t is_half, const void* input, void* weight, const float* bias, void* output,
                               int64_t tokens, int64_t inner, int64_t outer) {
-    const auto typed = [&](auto* w, auto* x) {
-        using W = std::remove_pointer_t<decltype(w)>;
-        using X = std::remove_pointer_t<decltype(x)>;
-        lead([&] {
-            const Tiles tiles(tokens);
-            const Arranged inputs = arrange(tiles, inner, rows_of(static_cast<const X*>(input), inner));
-            linear(tiles, inputs, Product<W>{static_cast<const W*>(weight), outer}, bias, static_cast<X*>(output));
-        });
+    const auto multiply = [&](auto product) {
+        const auto typed = [&](auto* x) {
+            using X = std::remove_pointer_t<decltype(x)>;
+            lead([&] {
+                const Tiles tiles(tokens);
+                const Arranged inputs = arrange(tiles, inner, rows_of(static_cast<const X*>(input), inner));
+                linear(tiles, inputs, product, bias, static_cast<X*>(output));
+            });
+        };
+        if (is_half) typed(static_cast<uint16_t*>(nullptr));
+        else typed(static_cast<float*>(nullptr));
     };
-    uint16_t* half = nullptr;
-    float* whole = nullptr;
-    if (is_half_weight) is_half ? typed(half, half) : typed(half, whole);
-    else is_half ? typed(whole, half) : typed(whole, whole);
+    if (weight_bits == 12) multiply(CompactProduct{static_cast<uint8_t*>(weight), outer});
+    else if (weight_bits == 16) multiply(Product<uint16_t>{static_cast<const uint16_t*>(weight), outer});
+    else multiply(Product<float>{static_cast<const float*>(weight), outer});
 }
 
 // As packed_linear, for a weight of codes of 8 or 4 bits.

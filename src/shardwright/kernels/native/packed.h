@@ -28,6 +28,9 @@ constexpr int64_t BLOCK_BYTES = 256 << 10;  // of inputs that stay in the cache 
 constexpr int64_t ARRANGED = 256;          // features of a token at once
 constexpr int64_t WORTH_ARRANGING = 1 << 12;  // by more than one thread
 
+typedef uint8_t Bytes __attribute__((vector_size(PANEL * 2)));
+typedef uint16_t Bits16 __attribute__((vector_size(PANEL * 2)));
+
 // Where feature i of a panel lies in its row: so that load_two gives features 0 to LANES - 1 first.
 inline int64_t lane_of(const float*, int64_t i) { return i; }
 inline int64_t lane_of(const uint16_t*, int64_t i) { return i < LANES ? 2 * i : 2 * (i - LANES) + 1; }
@@ -59,15 +62,16 @@ Fetched ahead_of(const W* weight) {
     return {reinterpret_cast<const char*>(weight) + AHEAD, PANEL * sizeof(W)};
 }
 
-// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart. The tokens are [inner, T], or IN_ROWS: rows that are
-// `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among other code the compiler runs out
-// of registers.
-template <int T, int CHAINS, bool IN_ROWS, typename W>
+// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart, or ONWARD: added to those that are there. The tokens are
+// [inner, T], or IN_ROWS: rows that are `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among
+// other code the compiler runs out of registers.
+template <int T, int CHAINS, bool IN_ROWS, bool ONWARD = false, typename W>
 __attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out,
                                              int64_t out_stride, Fetched fetched) {
     Vector sums[CHAINS][T][2];
     for (int c = 0; c < CHAINS; ++c)
-        for (int t = 0; t < T; ++t) sums[c][t][0] = sums[c][t][1] = splat(0.0f);
+        for (int t = 0; t < T; ++t)
+            for (int half = 0; half < 2; ++half) sums[c][t][half] = ONWARD && c == 0 ? load(out + t * out_stride + half * LANES) : splat(0.0f);
     const auto step = [&](int c) __attribute__((always_inline)) {
         Vector first, second;
         load_two(weight, first, second);
@@ -165,30 +169,31 @@ Arranged arrange(const Tiles& tiles, int64_t inner, Read read) {
     return {all, inner};
 }
 
+// A panel that several tiles read one after another is in the cache for all but the first: each of these, or of the first ones, fetches its
+// part of the next panel instead, `rows` rows of so many bytes, so that memory is not idle.
+inline Fetched part_of(const void* next, int64_t rows, int64_t row_bytes, const Tiles& tiles, int64_t tile) {
+    const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
+    const int64_t fetching = std::min<int64_t>(tiles.tokens, FETCHING * TILE);
+    if (first >= fetching) return {static_cast<const char*>(next), 0};
+    return {static_cast<const char*>(next) + rows * first / fetching * row_bytes, row_bytes * tokens / fetching};
+}
+
 // A packed weight.
 template <typename W>
 struct Product {
     const W* weight;
     int64_t outer;
-    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, const Arranged& inputs, float* sums) const {
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Arranged& inputs, float* sums) const {
         const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
         const W* const own = weight + panel * inputs.inner * PANEL;
-        multiply_tile(tokens, own, inputs.data + first * inputs.inner, inputs.inner, sums, PANEL, fetched(tiles, own, first, tokens, inputs.inner));
-    }
-
-private:
-    // A panel that several tiles read one after another is in the cache for all but the first: each of these, or of the first ones,
-    // fetches its part of the next panel instead, so that memory is not idle.
-    static Fetched fetched(const Tiles& tiles, const W* own, int64_t first, int64_t tokens, int64_t inner) {
-        if (tiles.count == 1) return ahead_of(own);
-        const int64_t row = PANEL * sizeof(W), fetching = std::min<int64_t>(tiles.tokens, FETCHING * TILE);
-        if (first >= fetching) return {reinterpret_cast<const char*>(own), 0};
-        return {reinterpret_cast<const char*>(own) + (inner + inner * first / fetching) * row, row * tokens / fetching};
+        const Fetched fetched = tiles.count == 1 ? ahead_of(own) : part_of(own + inputs.inner * PANEL, inputs.inner, PANEL * sizeof(W), tiles, tile);
+        multiply_tile(tokens, own, inputs.data + first * inputs.inner, inputs.inner, sums, PANEL, fetched);
     }
 };
 
 // Products of the same tokens with several weights, cut among threads as one. emit(product, token, first feature, count, sums) takes what
-// comes out: `count` neighbouring features of one token, in a row that it may change.
+// comes out: `count` neighbouring features of one token, in a row that it may change. A product is told which is the first of the tiles that
+// a thread multiplies one after another by the same panel.
 template <typename P, typename Inputs, typename Emit>
 void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int num_products, Emit emit) {
     int64_t panels = 0;
@@ -205,7 +210,7 @@ void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int n
         alignas(64) float sums[TILE * PANEL];
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
             const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-            product.multiply(tiles, panel, tile, inputs, sums);
+            product.multiply(tiles, panel, tile, tile == first_tile, inputs, sums);
             for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
         }
     });

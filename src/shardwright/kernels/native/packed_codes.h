@@ -15,9 +15,7 @@ constexpr int64_t UNIT = 4;               // groups are filled up to a multiple 
 constexpr int64_t ROW_BYTES = PANEL * 2;  // codes that are read at once: 2 input features of 8 bits, 4 of 4 bits
 constexpr int64_t LARGEST_CODE = 127;
 
-typedef uint8_t Bytes __attribute__((vector_size(PANEL * 2)));
 typedef int16_t Words __attribute__((vector_size(PANEL * 2)));
-typedef uint16_t Bits16 __attribute__((vector_size(PANEL * 2)));
 typedef int32_t Integers __attribute__((vector_size(PANEL * 2)));
 
 // By inputs of 16 bits: integer i of the sums grows by two products.
@@ -268,7 +266,7 @@ struct Coded {
             for (int half = 0; half < 2; ++half) put(totals[t][half], out + t * PANEL + half * LANES);
     }
 
-    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, const Rounded& inputs, float* out) const {
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Rounded& inputs, float* out) const {
         const int64_t first = tiles.start(tile);
         with_tokens(tiles.start(tile + 1) - first, [&](auto count, auto) { multiply_tile<count>(panel, first, inputs, out); });
     }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "compact.h"
 #include "packed_codes.h"
 #include "step_attention.h"
 
@@ -420,7 +421,7 @@ void linears(const Instruction* instructions, int count, const Tiles& tiles, con
     });
 }
 
-// Products that follow each other and have the same input. Those of codes have a group size and bits.
+// Products that follow each other and have the same input. Those of codes have a group size and bits; other bytes are bfloat16 in 12 bits.
 void linears(const Instruction* instructions, int count) {
     const View& x = instructions[0].tensor[1];
     const int64_t type = instructions[0].tensor[2].type, group_size = instructions[0].value[1], code_bits = instructions[0].value[2];
@@ -428,14 +429,15 @@ void linears(const Instruction* instructions, int count) {
     const auto read = [&](int64_t token, int64_t first, int64_t last, float* row) {
         load_row(x.data + (token * x.stride[0] + first * x.stride[1]) * bytes(x.type), x.type, x.stride[1], last - first, row);
     };
-    if (type == U8) {
+    if (type == U8 && code_bits) {
         with_codes(code_bits, x.type == BF16, [&](auto codes) {
             using Codes = decltype(codes);
             linears<Coded<Codes>>(instructions, count, tiles, round_inputs<Codes>(tiles, x.size[1], group_size, read));
         });
     } else {
         const Arranged inputs = arrange(tiles, x.size[1], read);
-        if (type == BF16) linears<Product<uint16_t>>(instructions, count, tiles, inputs);
+        if (type == U8) linears<CompactProduct>(instructions, count, tiles, inputs);
+        else if (type == BF16) linears<Product<uint16_t>>(instructions, count, tiles, inputs);
         else linears<Product<float>>(instructions, count, tiles, inputs);
     }
 }

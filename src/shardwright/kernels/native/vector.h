@@ -120,17 +120,6 @@ inline void put(Vector v, float* p) { _mm512_storeu_ps(p, v); }
 inline Vector plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
-
-// Two vectors of neighbouring weights: of bfloat16, those at even places and those at odd ones, which takes no more than a shift and a mask.
-inline void load_two(const float* p, Vector& first, Vector& second) {
-    first = load(p);
-    second = load(p + LANES);
-}
-inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
-    const __m512i both = _mm512_loadu_si512(p);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int LANES = 8;
 using Vector = __m256;
@@ -152,19 +141,9 @@ inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
-inline void load_two(const float* p, Vector& first, Vector& second) {
-    first = load(p);
-    second = load(p + LANES);
-}
-inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
 #else  // NEON, SSE, or whatever the compiler makes of vectors of four
 constexpr int LANES = 4;
 typedef float Vector __attribute__((vector_size(16)));
-typedef uint32_t Bits __attribute__((vector_size(16)));
 inline Vector splat(float value) { return Vector{value, value, value, value}; }
 inline Vector load(const float* p) {
     Vector v;
@@ -179,6 +158,15 @@ inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 #endif
 inline float sum(Vector v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+#endif
+
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+
+// Two vectors of neighbouring numbers: of bfloat16, those at even places and those at odd ones, which takes no more than a shift and a mask.
+inline void widen_two(Bits both, Vector& even, Vector& odd) {
+    even = (Vector)(both << 16);
+    odd = (Vector)(both & 0xffff0000u);
+}
 inline void load_two(const float* p, Vector& first, Vector& second) {
     first = load(p);
     second = load(p + LANES);
@@ -186,10 +174,8 @@ inline void load_two(const float* p, Vector& first, Vector& second) {
 inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
     Bits both;
     std::memcpy(&both, p, sizeof both);
-    even = reinterpret_cast<Vector>(both << 16);
-    odd = reinterpret_cast<Vector>(both & 0xffff0000u);
+    widen_two(both, even, odd);
 }
-#endif
 
 #if !(defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512BW__)
 inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
