@@ -304,10 +304,17 @@ void normalize(bool centred, float epsilon, const View* t) {
 // A row that becomes one of a tensor: rounded as there, and written to it too if `data` is not null.
 inline void round_row(float* row, int64_t count, char* data, int64_t type, int64_t stride) {
     if (type == BF16) {
-        for (int64_t i = 0; i < count; ++i) row[i] = widen(narrow(row[i]));
         uint16_t* const to = reinterpret_cast<uint16_t*>(data);
-        if (to && stride == 1) for (int64_t i = 0; i < count; ++i) to[i] = narrow_rounded(row[i]);
-        else if (to) for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow_rounded(row[i]);
+        if (to && stride == 1) {
+#pragma GCC ivdep  // a row is scratch
+            for (int64_t i = 0; i < count; ++i) {
+                row[i] = round_half(row[i]);
+                to[i] = narrow_rounded(row[i]);
+            }
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) row[i] = round_half(row[i]);
+        for (int64_t i = 0; to && i < count; ++i) to[i * stride] = narrow_rounded(row[i]);
     } else if (data) {
         store_row(row, count, data, type, stride);
     }

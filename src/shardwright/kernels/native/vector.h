@@ -24,17 +24,21 @@ inline float widen(uint16_t bits) {
 }
 inline float widen(float value) { return value; }
 
-inline uint16_t narrow(float value) {  // to nearest, ties to even; not-a-number stays one
+// To the nearest number of bfloat16, ties to even; not-a-number stays one. In words of 32 bits, as vectors have them.
+inline float round_half(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    bits = (value != value ? bits | 0x400000u : nearest) & 0xffff0000u;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 inline uint16_t narrow_rounded(float value) {  // what is a number of bfloat16 already
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return static_cast<uint16_t>(bits >> 16);
 }
+inline uint16_t narrow(float value) { return narrow_rounded(round_half(value)); }
 inline void store(float value, uint16_t* place) { *place = narrow(value); }
 inline void store(float value, float* place) { *place = value; }
 
