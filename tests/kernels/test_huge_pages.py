@@ -44,7 +44,7 @@ def test_the_rest_goes_back_to_the_system() -> None:
     process, held = psutil.Process(), Reserve(SIZE, SIZE)
     held._thread.join()
     before = process.memory_info().rss
-    memory = held.take(PAGE_BYTES)
+    memory = held.take(PAGE_BYTES, PAGE_BYTES)
     assert before - process.memory_info().rss >= SIZE - 2 * PAGE_BYTES
     assert not memory.any()
 
@@ -57,6 +57,16 @@ def test_a_reserve_may_be_asked_for_more_than_is_made_ready() -> None:
     assert process.memory_info().rss - before < SIZE // 2
     assert not memory.any()
     assert reserved_bytes() == 0
+
+
+def test_what_is_not_written_soon_goes_back_too() -> None:
+    process = psutil.Process()
+    reserve(SIZE, room=2 * SIZE)
+    next(t for t in threading.enumerate() if t.name == "memory").join()
+    before = process.memory_info().rss
+    memory = empty_in_huge_pages(2 * SIZE, written=PAGE_BYTES)
+    assert before - process.memory_info().rss >= SIZE - 2 * PAGE_BYTES
+    assert not memory.any()
 
 
 def test_too_small_a_reserve_is_given_back() -> None:

@@ -133,12 +133,35 @@ def test_what_has_no_groups_of_four_inputs_takes_16_bits(shape: tuple[int, int])
     assert pack_weight(weight).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 13])
+def test_no_inputs_give_the_bias(tokens: int) -> None:
+    weight, bias = torch.zeros(8, 0).bfloat16(), torch.randn(8)
+    output = packed_linear(torch.zeros(tokens, 0), pack_weight(weight), bias, 8)
+    assert torch.equal(output, bias.expand(tokens, 8))
+
+
+def test_panels_are_kept_while_long_prompts_are_multiplied() -> None:
+    outer, inner = 2000, 2048
+    weight, x = trained(outer, inner), torch.randn(150, inner)
+    size = compact_bytes(weight)
+    assert size is not None
+    memory = torch.zeros(size // 64 * 64 + 64 + 2 * packed_elements(outer, inner), dtype=torch.uint8)
+    packed = pack_weight(weight, memory[:size])
+    keep_unpacked(packed, memory[size // 64 * 64 + 64 :].view(torch.bfloat16), outer, inner)
+    expected = packed_linear(x, packed, None, outer)
+    torch.testing.assert_close(expected, packed_linear_reference(x, weight, None), rtol=1e-5, atol=1e-5)
+    for _ in range(10):
+        assert torch.equal(packed_linear(x, packed, None, outer), expected)
+
+
 def test_a_weight_of_too_many_magnitudes_takes_16_bits() -> None:
     weight = torch.ldexp(torch.ones(64, 64), torch.arange(64)).bfloat16()
     size = compact_bytes(weight)
     assert size is not None
+    unpacked = torch.empty(packed_elements(64, 64), dtype=torch.bfloat16)
     packed = pack_weight(weight, torch.empty(size, dtype=torch.uint8))
     assert packed.dtype is torch.bfloat16
+    assert pack_weight(weight, torch.empty(size, dtype=torch.uint8), unpacked) is unpacked
     x = torch.ones(1, 64)
     torch.testing.assert_close(packed_linear(x, packed, None, 64), packed_linear_reference(x, weight, None))
 
@@ -152,9 +175,10 @@ def test_12_bits_give_what_16_give(tokens: int, outer: int, inner: int) -> None:
     torch.testing.assert_close(actual, packed_linear_reference(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_that_is_needed_again_is_kept_unpacked() -> None:
+@pytest.mark.parametrize("tokens", [3, 4, 6, 9, 13])
+def test_a_weight_that_is_needed_again_is_kept_unpacked(tokens: int) -> None:
     outer, inner = 320, 2048
-    weight, x = trained(outer, inner), torch.randn(9, inner)
+    weight, x = trained(outer, inner), torch.randn(tokens, inner)
     size = compact_bytes(weight)
     assert size is not None
     memory = torch.zeros(size // 64 * 64 + 64 + 2 * packed_elements(outer, inner), dtype=torch.uint8)
@@ -164,8 +188,8 @@ def test_a_weight_that_is_needed_again_is_kept_unpacked() -> None:
     expected = packed_linear(x, packed, None, outer)
     assert not unpacked.any(), "it was not said that it may be"
     keep_unpacked(packed, unpacked, outer, inner)
-    for tokens in (1, 2, 1, 2):
-        packed_linear(x[:tokens], packed, None, outer)
+    for few in (1, 2, 1, 2):
+        packed_linear(x[:few], packed, None, outer)
     assert not unpacked.any(), "one or two tokens read 12 bits"
     assert torch.equal(packed_linear(x, packed, None, outer), expected)
     assert not unpacked.any(), "nobody knows whether it is needed again"

@@ -99,6 +99,21 @@ def test_weights_are_kept_unpacked_where_memory_is_plentiful(
     assert first.unpacked is None or first.unpacked.any()
 
 
+def test_a_weight_that_outgrows_12_bits_takes_16_and_may_come_back() -> None:
+    module = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    replace_linears(module)
+    keep_unpacked(module)
+    linear, x = module[0], torch.ones(5, 64).bfloat16()
+    assert isinstance(linear, PackedLinear)
+    small = linear.weight.detach().clone()
+    for weight, dtype in ((small, torch.uint8), (torch.ldexp(small, torch.arange(-40, 24)).bfloat16(), torch.bfloat16)):
+        with torch.inference_mode():
+            linear.weight.copy_(weight)
+            for _ in range(4):
+                assert torch.equal(module(x), (x.float() @ weight.float().T).bfloat16())
+        assert linear.packed.dtype is dtype
+
+
 def test_without_memory_linears_are_widened(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(packed_linear, "MEMORY_SHARE", 1e-9)
     assert psutil.virtual_memory().available * 1e-9 < 1000

@@ -34,10 +34,10 @@ class Reserve:
         self._thread = Thread(target=self._touch, name="memory", daemon=True)
         self._thread.start()
 
-    def take(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 zeros, no more than there are; the rest goes back to the system."""
+    def take(self, num_bytes: int, written: int) -> Tensor:
+        """[num_bytes] uint8 zeros, no more than there are; pages behind those `written` soon go back to the system."""
         self.stop()
-        end = -(-(self._start + num_bytes) // PAGE_BYTES) * PAGE_BYTES
+        end = -(-(self._start + written) // PAGE_BYTES) * PAGE_BYTES
         if end < len(self._memory):
             self._memory.madvise(mmap.MADV_DONTNEED, end, len(self._memory) - end)
         return _tensor(self._memory, self._start, num_bytes)
@@ -83,16 +83,20 @@ def reserved_bytes() -> int:
     return sum(held.num_bytes for held in _reserved)
 
 
-def empty_in_huge_pages(num_bytes: int) -> Tensor:
+def empty_in_huge_pages(num_bytes: int, written: int | None = None) -> Tensor:
     """[num_bytes] uint8 zeros on the CPU, begun at a page; in ordinary ones where the system has no others, or for less
     than a page.
 
     They are those that were reserved, if these suffice.
+
+    Args:
+        num_bytes: of all of it.
+        written: so many of the first of them will be written to soon, if not all; others take no memory until then.
     """
     if num_bytes < PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_bytes, dtype=torch.uint8)
     if _reserved and num_bytes <= _reserved[0].room:
-        return _reserved.pop().take(num_bytes)
+        return _reserved.pop().take(num_bytes, num_bytes if written is None else written)
     release()
     return _tensor(*_mapped(num_bytes), num_bytes)
 

@@ -42,22 +42,28 @@ def packed_elements(outer: int, inner: int) -> int:
 def compact_bytes(weight: Tensor) -> int | None:
     """Bytes that a weight [outer, inner] of PACKED_TYPES takes if it fits in 12 bits; None if it cannot."""
     outer, inner = weight.shape
-    if weight.dtype is not _HALF or inner % _GROUP:
+    return None if weight.dtype is not _HALF else _compact_bytes(outer, inner)
+
+
+def _compact_bytes(outer: int, inner: int) -> int | None:
+    if inner == 0 or inner % _GROUP:
         return None
     library = _library()
     library.compact_bytes.restype = ctypes.c_int64
     return int(library.compact_bytes(ctypes.c_int64(outer), ctypes.c_int64(inner)))
 
 
-def pack_weight(weight: Tensor, into: Tensor | None = None) -> Tensor:
+def pack_weight(weight: Tensor, into: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
     """Pack a weight.
 
     Args:
         weight: [outer, inner] of one of PACKED_TYPES, of any strides, on the CPU.
         into: contiguous, [packed_elements(outer, inner)] of the type that it becomes, or [compact_bytes(weight)] uint8;
             made if None.
+        unpacked: [packed_elements(outer, inner)] of the type that it becomes, for a weight that does not fit in 12
+            bits; made if None.
 
-    Returns: `into`; memory of its own if that is for 12 bits and the weight does not fit.
+    Returns: `into`; `unpacked` if the weight does not fit.
     """
     outer, inner = weight.shape
     weight = weight.detach().to(PACKED_TYPES[weight.dtype])
@@ -72,7 +78,9 @@ def pack_weight(weight: Tensor, into: Tensor | None = None) -> Tensor:
     if not is_compact:
         library.pack_weight(ctypes.c_int64(weight.dtype is _HALF), source, *layout, to)
     elif not library.pack_compact(source, *layout, to):
-        return pack_weight(weight, empty_in_huge_pages(packed_elements(outer, inner) * weight.itemsize).view(_HALF))
+        if unpacked is None:
+            unpacked = empty_in_huge_pages(packed_elements(outer, inner) * weight.itemsize).view(_HALF)
+        return pack_weight(weight, unpacked)
     return into
 
 
@@ -156,10 +164,7 @@ def multiply_packed(input: Tensor, packed: Tensor, bias: Tensor | None, output: 
     tokens, inner = input.shape
     outer = output.shape[1]
     library, bits = _library(), _BITS[packed.dtype]
-    if bits == 12:
-        elements = library.compact_bytes(ctypes.c_int64(outer), ctypes.c_int64(inner)) if inner % _GROUP == 0 else None
-    else:
-        elements = packed_elements(outer, inner)
+    elements = _compact_bytes(outer, inner) if bits == 12 else packed_elements(outer, inner)
     if len(packed) != elements or (bias is not None and bias.dtype is not torch.float32):
         raise ValueError(f"no packed weight of {outer} x {inner} has {len(packed)} numbers, or its bias is not float32")
     if input.dtype not in (torch.float32, _HALF):

@@ -137,7 +137,7 @@ def _packed(matrices: Sequence[Tensor], packed: Mapping[int, Tensor]) -> list[Te
     if all(m.data_ptr() in packed and m.mT.is_contiguous() for m in matrices):
         return [packed[m.data_ptr()] for m in matrices]
     weights = [m.mT for m in matrices]
-    room = room_for_packed(weights)
+    room = room_for_packed(weights, keeps=False)
     return [] if room is None else [pack_weight(weight, own.packed) for weight, own in zip(weights, room, strict=True)]
 
 

@@ -52,6 +52,8 @@ class PackedLinear(nn.Linear):
     packed: Tensor
     unpacked: Tensor | None
     """Room for the weight in 16 bits beside one in 12."""
+    keeps: bool = False
+    """Whether it is kept there once it is needed."""
     wide_bias: Tensor | None
     """In float32."""
     packed_version: int
@@ -63,12 +65,15 @@ class PackedLinear(nn.Linear):
 
     def pack(self) -> None:
         """Take the weight and bias as they are now."""
-        self.packed = pack_weight(self.weight, self.packed)
+        self.packed = pack_weight(self.weight, self.packed, self.unpacked)
+        if self.keeps:
+            self.keep_unpacked()
         self.wide_bias = None if self.bias is None else self.bias.detach().float()
         self.packed_version = _version(self.weight)
 
     def keep_unpacked(self) -> None:
         """Let the weight be kept in 16 bits too once they are needed, if it is packed in 12 and there is room."""
+        self.keeps = True
         if self.unpacked is not None and self.packed.dtype is torch.uint8:
             keep_unpacked(self.packed, self.unpacked, self.out_features, self.in_features)
 
@@ -93,7 +98,7 @@ def pack_linears(module: nn.Module) -> int:
     plain = (nn.Linear, *PARALLEL_LINEARS)
     linears: list[Any] = [m for m in module.modules() if type(m) in plain and m.weight.dtype in PACKED_TYPES]
     linears = [linear for linear in linears if linear.weight.ndim == 2]  # those of other pipeline stages are empty
-    room = room_for_packed([linear.weight for linear in linears])
+    room = room_for_packed([linear.weight for linear in linears], keeps=True)
     if room is None:
         return 0
     for linear, own in zip(linears, room, strict=True):
@@ -123,32 +128,36 @@ class Room(NamedTuple):
     unpacked: Tensor | None
 
 
-def room_for_packed(weights: Sequence[Tensor]) -> list[Room] | None:
+def room_for_packed(weights: Sequence[Tensor], *, keeps: bool) -> list[Room] | None:
     """Where weights [outer, inner] are packed to, side by side in huge pages; None, with a warning, if memory is short.
 
     Args:
         weights: each of one of PACKED_TYPES.
+        keeps: whether there shall be room to keep them unpacked too.
     """
     types = [PACKED_TYPES[weight.dtype] for weight in weights]
-    plain = [packed_elements(*weight.shape) * own.itemsize for weight, own in zip(weights, types, strict=True)]
+    whole = [packed_elements(*weight.shape) * own.itemsize for weight, own in zip(weights, types, strict=True)]
     compact = [compact_bytes(weight) for weight in weights]
-    sizes = [most if least is None else least for most, least in zip(plain, compact, strict=True)]
+    sizes = [most if least is None else least for most, least in zip(whole, compact, strict=True)]
     starts = [0, *accumulate(_aligned(size) for size in sizes)]
     available = psutil.virtual_memory().available + reserved_bytes()
     if starts[-1] > MEMORY_SHARE * available:
         logger.warning("weights are not packed, which makes steps slower: it takes %.1f GiB", starts[-1] / 2**30)
         return None
-    # Pages that nothing is written to take no memory.
-    later = [0, *accumulate(0 if least is None else _aligned(most) for most, least in zip(plain, compact, strict=True))]
-    is_kept = later[-1] <= UNPACKED_SHARE * available
-    memory = empty_in_huge_pages(starts[-1] + later[-1] * is_kept)
-    packed, unpacked = memory.tensor_split([starts[-1]])
-    return [
-        Room(packed[start : start + size].view(own), None)
-        if least is None
-        else Room(packed[start : start + size], unpacked[far : far + most].view(own) if is_kept else None)
-        for start, size, far, most, least, own in zip(starts, sizes, later, plain, compact, types, strict=False)
+    second = [
+        0,
+        *accumulate(0 if least is None else _aligned(most) for most, least in zip(whole, compact, strict=True)),
     ]
+    keeps = keeps and second[-1] <= UNPACKED_SHARE * available
+    memory = empty_in_huge_pages(starts[-1] + second[-1] * keeps, written=starts[-1])
+    packed, unpacked = memory.tensor_split([starts[-1]])
+    room = []
+    for start, size, least, own, other, most in zip(starts, sizes, compact, types, second, whole, strict=False):
+        if least is None:
+            room.append(Room(packed[start : start + size].view(own), None))
+        else:
+            room.append(Room(packed[start : start + size], unpacked[other : other + most].view(own) if keeps else None))
+    return room
 
 
 def _aligned(size: int) -> int:

@@ -60,7 +60,6 @@ class PoolingWorker:
         torch.nn.Module.to(module, device)
         if device.type == "cpu":
             replace_linears(module)
-            keep_unpacked(module)
         vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
         if not isinstance(vocab_size, int):
             raise UnsupportedModelError(
@@ -78,6 +77,7 @@ class PoolingWorker:
             raise UnsupportedModelError(
                 f"{config.model.model} ({model_config.model_type}) cannot be served: {exc}"
             ) from exc
+        keep_unpacked(module)
         self.info = EngineInfo(
             model=config.model.model,
             path=str(path),

@@ -244,7 +244,8 @@ def adapt(
                 _store_in_8_bits(model, blueprint, config)
             if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
                 _record(model, blueprint, config)
-            keep_unpacked(module)
+            if config.parallel.num_ranks * config.parallel.data_parallel_size == 1:  # several have one memory
+                keep_unpacked(module)
             return model
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"

@@ -1,14 +1,14 @@
 // Products with weights of bfloat16 that are kept in 12 bits, without loss. Exponents of a trained weight lie close together: of the 8 bits
-// of each, the upper 7 are kept as 3, their distance from the least that the panel of the weight has (DFloat11 of Zhang et al., 2025, codes
-// exponents by their frequency; a fixed length is decoded by vectors). What lies too far below the largest of its panel, about one weight of
-// 1000, is kept apart, whole.
+// of each, the upper 7 are kept as 3, their distance from what is 7 below the largest of the panel (DFloat11 of Zhang et al., 2025, codes
+// exponents by their frequency; a fixed length is decoded by vectors). What lies too far below the largest of its panel, a few weights of
+// 10,000, is kept apart, whole.
 //
 // A panel is a table of upper bytes, by sign and distance, and groups of four input features: the lower bytes of all, then a half byte for
-// each upper one. Behind the panels stand how far away their memory for the unpacked weight begins, where those kept apart begin for each
+// each upper one. Behind the panels stand how far away the memory for the unpacked weight begins, where those kept apart begin for each
 // panel, which panels are unpacked, and those kept apart.
 //
 // One token or two are multiplied as a panel is read, in three quarters of the time that reading all bits takes. For more it is unpacked,
-// which costs as much as multiplying one more. Where there is memory for it, it is kept, from the second time on.
+// which costs as much as multiplying one more, for some tiles at once. Where there is memory for it, it is kept, from the second time on.
 
 #pragma once
 
@@ -24,7 +24,7 @@ constexpr int MOST_STRAIGHT = 2;        // tokens that are multiplied as a panel
 constexpr int64_t UNPACKED_ROWS = 256;  // at once: few enough for them to stay in the nearest cache
 constexpr int64_t ELEMENTS_PER_APART = 256;  // one more that is kept apart, and the weight is not worth it
 
-constexpr uint8_t UNPACKED = 255;  // state of a panel; before, how often it was unpacked in passing
+constexpr uint8_t BEGUN = 254, UNPACKED = 255;  // states of a panel; before, how often it was unpacked in passing
 constexpr int64_t SPREAD = 8;      // getting pages from the system takes long: what is in a page waits for another few steps than its neighbours
 constexpr int64_t PAGE_BYTES = 2 << 20;
 
@@ -47,9 +47,9 @@ struct Compact {
     }
 
     uint8_t* panel(int64_t number) const { return weight + number * panel_bytes(inner); }
-    int64_t& distance() const { return reinterpret_cast<int64_t*>(panel(panels))[0]; }  // 0: there is no memory for an unpacked one
-    uint16_t* unpacked(int64_t number) const { return reinterpret_cast<uint16_t*>(weight + distance()) + number * inner * PANEL; }
-    int64_t* starts() const { return &distance() + 1; }
+    int64_t& unpacked_offset() const { return reinterpret_cast<int64_t*>(panel(panels))[0]; }  // 0: there is no memory for an unpacked one
+    uint16_t* unpacked(int64_t number) const { return reinterpret_cast<uint16_t*>(weight + unpacked_offset()) + number * inner * PANEL; }
+    int64_t* starts() const { return &unpacked_offset() + 1; }
     uint8_t* states() const { return reinterpret_cast<uint8_t*>(starts() + panels + 1); }
     Apart* apart(int64_t number) const { return reinterpret_cast<Apart*>(states() + states_bytes(panels)) + starts()[number]; }
 
@@ -184,6 +184,7 @@ __attribute__((noinline)) void multiply_straight(const uint8_t* panel, const Apa
 
 // A packed weight of bfloat16 in 12 bits.
 struct CompactProduct {
+    static constexpr int64_t LEAST_TILES = 4;
     uint8_t* weight;
     int64_t outer;
 
@@ -221,16 +222,16 @@ struct CompactProduct {
     }
 
 private:
-    // Whether a panel is unpacked by now. Of a step, one thread alone has its first tile: it unpacks what was needed before.
+    // Whether a panel is unpacked by now, maybe by this thread, if it was needed before.
     static bool keeps(const Compact& all, int64_t panel, int64_t tile) {
         uint8_t* const state = all.states() + panel;
-        const uint8_t seen = __atomic_load_n(state, __ATOMIC_ACQUIRE);
-        if (seen == UNPACKED || tile > 0 || !all.distance()) return seen == UNPACKED;
+        uint8_t seen = __atomic_load_n(state, __ATOMIC_ACQUIRE);
+        if (seen >= BEGUN || tile > 0 || !all.unpacked_offset()) return seen == UNPACKED;
         uint16_t* const rows = all.unpacked(panel);
-        if (seen <= reinterpret_cast<uintptr_t>(rows) / PAGE_BYTES % SPREAD) {
-            __atomic_store_n(state, seen + 1, __ATOMIC_RELAXED);
-            return false;
-        }
+        const bool is_early = seen <= reinterpret_cast<uintptr_t>(rows) / PAGE_BYTES % SPREAD;
+        const uint8_t next = is_early ? seen + 1 : BEGUN;
+        const bool is_mine = __atomic_compare_exchange_n(state, &seen, next, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED);
+        if (is_early || !is_mine) return false;
         const Apart* apart = all.apart(panel);
         unpack_rows(all.panel(panel), 0, all.inner, apart, all.apart(panel + 1), rows);
         __atomic_store_n(state, UNPACKED, __ATOMIC_RELEASE);
@@ -288,7 +289,7 @@ inline bool compress(const uint16_t* weight, int64_t outer_stride, int64_t inner
         });
     });
     int64_t* const starts = all.starts();
-    all.distance() = 0;
+    all.unpacked_offset() = 0;
     std::fill(all.states(), all.states() + all.panels, uint8_t(0));
     starts[0] = 0;
     for (int64_t p = 0; p < all.panels; ++p) starts[p + 1] = starts[p] + static_cast<int64_t>(apart[p].size());

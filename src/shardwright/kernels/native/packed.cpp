@@ -51,8 +51,8 @@ extern "C" int64_t pack_compact(const uint16_t* weight, int64_t outer_stride, in
 }
 
 // From now on the weight may be kept unpacked, as pack_weight makes it, so many bytes after it.
-extern "C" void keep_unpacked(uint8_t* packed, int64_t outer, int64_t inner, int64_t distance) {
-    Compact{inner, (outer + PANEL - 1) / PANEL, packed}.distance() = distance;
+extern "C" void keep_unpacked(uint8_t* packed, int64_t outer, int64_t inner, int64_t offset) {
+    Compact{inner, (outer + PANEL - 1) / PANEL, packed}.unpacked_offset() = offset;
 }
 
 // input [tokens, inner] and output [tokens, outer] of the same type, contiguous; bias [outer] float32 or null. The weight has numbers of 32,

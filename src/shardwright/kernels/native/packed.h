@@ -101,7 +101,7 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
 // Calls f(number of tokens, chains) with both known to the compiler.
 template <typename F>
 void with_tokens(int64_t tokens, F f) {
-    const auto call = [&](auto count) { f(count, std::integral_constant<int, count == 1 ? 4 : count <= 3 ? 2 : 1>()); };
+    const auto call = [&](auto count) { f(count, std::integral_constant<int, count == 1 ? 4 : count == 2 ? 2 : 1>()); };
     switch (tokens) {
         case 1: return call(std::integral_constant<int, 1>());
         case 2: return call(std::integral_constant<int, 2>());
@@ -181,6 +181,7 @@ inline Fetched part_of(const void* next, int64_t rows, int64_t row_bytes, const 
 // A packed weight.
 template <typename W>
 struct Product {
+    static constexpr int64_t LEAST_TILES = 1;
     const W* weight;
     int64_t outer;
     void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Arranged& inputs, float* sums) const {
@@ -193,12 +194,12 @@ struct Product {
 
 // Products of the same tokens with several weights, cut among threads as one. emit(product, token, first feature, count, sums) takes what
 // comes out: `count` neighbouring features of one token, in a row that it may change. A product is told which is the first of the tiles that
-// a thread multiplies one after another by the same panel.
+// a thread multiplies one after another by the same panel; at least LEAST_TILES, if there are as many.
 template <typename P, typename Inputs, typename Emit>
 void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int num_products, Emit emit) {
     int64_t panels = 0;
     for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
-    const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / std::max<int64_t>(inputs.inner * TILE * 4, 1));  // tiles
+    const int64_t block = std::max(P::LEAST_TILES, BLOCK_BYTES / std::max<int64_t>(inputs.inner * TILE * 4, 1));  // tiles
     const int64_t blocks = (tiles.count + block - 1) / block;
     share(blocks * panels, true, [&](int64_t i) {
         const int64_t first_tile = i / panels * block, last_tile = std::min(first_tile + block, tiles.count);

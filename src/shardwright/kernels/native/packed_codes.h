@@ -211,6 +211,7 @@ Rounded round_inputs(const Tiles& tiles, int64_t inner, int64_t group_size, Read
 // A packed weight of codes: panels of groups, each with its codes, PANEL scales and, of 4 bits, as many minimums.
 template <class Codes>
 struct Coded {
+    static constexpr int64_t LEAST_TILES = 1;
     const uint8_t* weight;
     int64_t outer;
 
