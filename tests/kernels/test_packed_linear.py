@@ -93,6 +93,15 @@ def trained(outer: int, inner: int) -> torch.Tensor:
     return weight.bfloat16()
 
 
+def room_for(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for a weight in 12 bits, and beside it in 16."""
+    size = compact_bytes(weight)
+    assert size is not None
+    start = size // 64 * 64 + 64
+    memory = torch.zeros(start + 2 * packed_elements(*weight.shape), dtype=torch.uint8)
+    return memory[:size], memory[start:].view(torch.bfloat16)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     outer=st.integers(1, 70),
@@ -143,11 +152,9 @@ def test_no_inputs_give_the_bias(tokens: int) -> None:
 def test_panels_are_kept_while_long_prompts_are_multiplied() -> None:
     outer, inner = 2000, 2048
     weight, x = trained(outer, inner), torch.randn(150, inner)
-    size = compact_bytes(weight)
-    assert size is not None
-    memory = torch.zeros(size // 64 * 64 + 64 + 2 * packed_elements(outer, inner), dtype=torch.uint8)
-    packed = pack_weight(weight, memory[:size])
-    keep_unpacked(packed, memory[size // 64 * 64 + 64 :].view(torch.bfloat16), outer, inner)
+    into, unpacked = room_for(weight)
+    packed = pack_weight(weight, into)
+    keep_unpacked(packed, unpacked, outer, inner)
     expected = packed_linear(x, packed, None, outer)
     torch.testing.assert_close(expected, packed_linear_reference(x, weight, None), rtol=1e-5, atol=1e-5)
     for _ in range(10):
@@ -179,10 +186,7 @@ def test_12_bits_give_what_16_give(tokens: int, outer: int, inner: int) -> None:
 def test_a_weight_that_is_needed_again_is_kept_unpacked(tokens: int) -> None:
     outer, inner = 320, 2048
     weight, x = trained(outer, inner), torch.randn(tokens, inner)
-    size = compact_bytes(weight)
-    assert size is not None
-    memory = torch.zeros(size // 64 * 64 + 64 + 2 * packed_elements(outer, inner), dtype=torch.uint8)
-    into, unpacked = memory[:size], memory[size // 64 * 64 + 64 :].view(torch.bfloat16)
+    into, unpacked = room_for(weight)
     packed = pack_weight(weight, into)
     whole = pack_weight(weight, torch.empty_like(unpacked))
     expected = packed_linear(x, packed, None, outer)
