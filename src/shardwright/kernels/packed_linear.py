@@ -69,7 +69,7 @@ def pack_weight(weight: Tensor, into: Tensor | None = None, unpacked: Tensor | N
     weight = weight.detach().to(PACKED_TYPES[weight.dtype])
     if into is None:
         size = compact_bytes(weight)
-        into = torch.empty(packed_elements(outer, inner), dtype=weight.dtype) if size is None else _bytes(size)
+        into = torch.empty(size or packed_elements(outer, inner), dtype=_COMPACT if size else weight.dtype)
     library, is_compact = _library(), into.dtype is _COMPACT
     assert is_compact or into.dtype is weight.dtype
     assert len(into) == (compact_bytes(weight) if is_compact else packed_elements(outer, inner))
@@ -82,10 +82,6 @@ def pack_weight(weight: Tensor, into: Tensor | None = None, unpacked: Tensor | N
             unpacked = empty_in_huge_pages(packed_elements(outer, inner) * weight.itemsize).view(_HALF)
         return pack_weight(weight, unpacked)
     return into
-
-
-def _bytes(size: int) -> Tensor:
-    return torch.empty(size, dtype=_COMPACT)
 
 
 def keep_unpacked(packed: Tensor, unpacked: Tensor, outer: int, inner: int) -> None:
