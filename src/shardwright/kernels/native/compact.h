@@ -172,12 +172,7 @@ __attribute__((noinline)) void multiply_straight(const uint8_t* panel, const Apa
             }
         }
     }
-    for (int t = 0; t < T; ++t)
-        for (int half = 0; half < 2; ++half) {
-            Vector total = sums[0][t][half];
-            for (int c = 1; c < CHAINS; ++c) total = plus(total, sums[c][t][half]);
-            put(total, out + t * PANEL + half * LANES);
-        }
+    put_sums(sums, out, PANEL);
     for (; apart < end; ++apart)
         for (int t = 0; t < T; ++t) out[t * PANEL + apart->place % PANEL] += apart->value * input[apart->place / PANEL * T + t];
 }

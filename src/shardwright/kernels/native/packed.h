@@ -62,6 +62,17 @@ Fetched ahead_of(const W* weight) {
     return {reinterpret_cast<const char*>(weight) + AHEAD, PANEL * sizeof(W)};
 }
 
+// Chains of sums, added up, to rows of `out`.
+template <int CHAINS, int T>
+__attribute__((always_inline)) inline void put_sums(const Vector (&sums)[CHAINS][T][2], float* out, int64_t out_stride) {
+    for (int t = 0; t < T; ++t)
+        for (int half = 0; half < 2; ++half) {
+            Vector total = sums[0][t][half];
+            for (int c = 1; c < CHAINS; ++c) total = plus(total, sums[c][t][half]);
+            put(total, out + t * out_stride + half * LANES);
+        }
+}
+
 // T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart, or ONWARD: added to those that are there. The tokens are
 // [inner, T], or IN_ROWS: rows that are `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among
 // other code the compiler runs out of registers.
@@ -90,12 +101,7 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
     for (; k + CHAINS <= inner; k += CHAINS)
         for (int c = 0; c < CHAINS; ++c) step(c);
     for (; k < inner; ++k) step(0);
-    for (int t = 0; t < T; ++t)
-        for (int half = 0; half < 2; ++half) {
-            Vector total = sums[0][t][half];
-            for (int c = 1; c < CHAINS; ++c) total = plus(total, sums[c][t][half]);
-            put(total, out + t * out_stride + half * LANES);
-        }
+    put_sums(sums, out, out_stride);
 }
 
 // Calls f(number of tokens, chains) with both known to the compiler.
