@@ -160,7 +160,7 @@ __attribute__((noinline)) void multiply_straight(const uint8_t* panel, const Apa
     for (int64_t k = 0; k < inner; k += GROUP) {
         Bits16 rows[GROUP];
         unpack_group(group, table, rows);
-        for (int64_t line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(group + AHEAD + line);
+        for (int64_t line = 0; line < GROUP_BYTES; line += 64) fetch_ahead(group + AHEAD + line);
         group += GROUP_BYTES;
         for (int row = 0; row < GROUP; ++row) {
             Vector first, second;

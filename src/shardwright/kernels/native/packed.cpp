@@ -15,9 +15,11 @@ auto rows_of(const X* input, int64_t inner) {
 
 template <typename P, typename Inputs, typename X>
 void linear(const Tiles& tiles, const Inputs& inputs, const P& product, const float* bias, X* output) {
-    multiply(tiles, inputs, &product, 1, [&](int, int64_t token, int64_t feature, int64_t count, float* sums) {
-        X* to = output + token * product.outer + feature;
-        for (int64_t i = 0; i < count; ++i) store(bias ? sums[i] + bias[feature + i] : sums[i], to + i);
+    multiply(tiles, inputs, &product, 1, [&](int, int64_t token, int64_t tokens, int64_t feature, int64_t features, const float* sums) {
+        for (int64_t t = 0; t < tokens; ++t, sums += PANEL) {
+            X* const to = output + (token + t) * product.outer + feature;
+            for (int64_t i = 0; i < features; ++i) store(bias ? sums[i] + bias[feature + i] : sums[i], to + i);
+        }
     });
 }
 

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -23,8 +25,13 @@ namespace {
 
 constexpr int PANEL = 2 * LANES;
 constexpr int64_t AHEAD = 2048;            // bytes between what is read and what is fetched, where each number is read once
+#if defined(__AVX512BW__)
+constexpr int64_t FAR_AHEAD = 8192;  // what is fetched to the second cache first: there many more lines can be on their way (Emerald Rapids)
+#else
+constexpr int64_t FAR_AHEAD = 0;
+#endif
 constexpr int64_t FETCHING = 4;            // tiles that fetch the next panel
-constexpr int64_t BLOCK_BYTES = 256 << 10;  // of inputs that stay in the cache while panels go by
+constexpr int64_t LEAST_CACHE = 512 << 10;  // the second one, where the system does not tell
 constexpr int64_t ARRANGED = 256;          // features of a token at once
 constexpr int64_t WORTH_ARRANGING = 1 << 12;  // by more than one thread
 
@@ -48,6 +55,11 @@ void pack_panel(const W* weight, int64_t outer_stride, int64_t inner_stride, int
             for (int64_t k = start; k < end; ++k) to[k * PANEL] = from[k * inner_stride];
         }
     }
+}
+
+inline void fetch_ahead(const void* place) {
+    __builtin_prefetch(place);
+    if constexpr (FAR_AHEAD > 0) __builtin_prefetch(static_cast<const char*>(place) + (FAR_AHEAD - AHEAD), 0, 2);
 }
 
 // What is fetched into the cache beside reading a panel, so many bytes further for each of its rows.
@@ -86,7 +98,7 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
     const auto step = [&](int c) __attribute__((always_inline)) {
         Vector first, second;
         load_two(weight, first, second);
-        __builtin_prefetch(fetched.from);
+        fetch_ahead(fetched.from);
         fetched.from += fetched.step;
         for (int t = 0; t < T; ++t) {
             const Vector x = splat(input[IN_ROWS ? t * token_stride : t]);
@@ -155,6 +167,27 @@ struct Arranged {
     int64_t inner;
 };
 
+// The first `length` numbers of each of `count` rows, `stride` apart and with room for whole vectors, become [length, count]. Numbers are
+// float32, or whatever else has 32 bits.
+template <typename N>
+void interleave_rows(const N* rows, int64_t stride, int64_t count, int64_t length, N* to) {
+    static_assert(sizeof(N) == sizeof(float));
+    float block[LANES * PANEL + LANES];
+    if (count == 1) return void(std::memcpy(to, rows, length * sizeof(N)));
+    for (int64_t k = 0; k < length; k += LANES) {
+        for (int64_t first = (count - 1) / LANES * LANES; first >= 0; first -= LANES) {  // what goes beyond `count` is written over afterwards
+            Vector square[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                square[i] = splat(0.0f);
+                if (first + i < count) std::memcpy(&square[i], rows + (first + i) * stride + k, sizeof square[i]);
+            }
+            transpose(square);
+            for (int i = 0; i < LANES; ++i) put(square[i], block + i * count + first);
+        }
+        std::memcpy(to + k * count, block, std::min<int64_t>(LANES, length - k) * count * sizeof(N));
+    }
+}
+
 // read(token, first, last, row) brings some of one token's features.
 template <typename Read>
 Arranged arrange(const Tiles& tiles, int64_t inner, Read read) {
@@ -163,14 +196,13 @@ Arranged arrange(const Tiles& tiles, int64_t inner, Read read) {
     float* const all = arranged.data();
     const int64_t runs = (inner + ARRANGED - 1) / ARRANGED;
     share(tiles.count * runs, tiles.tokens * inner >= WORTH_ARRANGING, [&](int64_t task) {
-        float row[ARRANGED];
+        alignas(64) float rows[TILE * ARRANGED];
         const int64_t tile = task / runs, begin = task % runs * ARRANGED, end = std::min(begin + ARRANGED, inner);
         const int64_t first = tiles.start(tile), count = tiles.start(tile + 1) - first;
-        for (int64_t t = 0; t < count; ++t) {
-            read(first + t, begin, end, row);
-            float* const to = all + first * inner + begin * count + t;
-            for (int64_t k = 0; k < end - begin; ++k) to[k * count] = row[k];
-        }
+        float* const to = all + first * inner + begin * count;
+        if (count == 1) return read(first, begin, end, to);
+        for (int64_t t = 0; t < count; ++t) read(first + t, begin, end, rows + t * ARRANGED);
+        interleave_rows(rows, ARRANGED, count, end - begin, to);
     });
     return {all, inner};
 }
@@ -198,17 +230,27 @@ struct Product {
     }
 };
 
-// Products of the same tokens with several weights, cut among threads as one. emit(product, token, first feature, count, sums) takes what
-// comes out: `count` neighbouring features of one token, in a row that it may change. A product is told which is the first of the tiles that
-// a thread multiplies one after another by the same panel; at least LEAST_TILES, if there are as many.
+// Of inputs that stay in the second cache while panels go by: half of it.
+inline int64_t block_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t size = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), LEAST_CACHE);
+#else
+    static const int64_t size = LEAST_CACHE;
+#endif
+    return size / 2;
+}
+
+// Products of the same tokens with several weights, cut among threads as one. emit(product, first token, tokens, first feature, features,
+// sums) takes what comes out: neighbouring features of some tokens, in rows of PANEL that it may change. A product is told which is the first
+// of the tiles that a thread multiplies one after another by the same panel; at least LEAST_TILES, if there are as many.
 template <typename P, typename Inputs, typename Emit>
 void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int num_products, Emit emit) {
     int64_t panels = 0;
     for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
-    const int64_t block = std::max(P::LEAST_TILES, BLOCK_BYTES / std::max<int64_t>(inputs.inner * TILE * 4, 1));  // tiles
-    const int64_t blocks = (tiles.count + block - 1) / block;
+    const int64_t tile_bytes = std::max<int64_t>(inputs.inner * TILE * sizeof(float), 1), most = std::max<int64_t>(1, block_bytes() / tile_bytes);
+    const int64_t blocks = std::max<int64_t>(1, std::min(tiles.count / P::LEAST_TILES, (tiles.count + most - 1) / most));
     share(blocks * panels, true, [&](int64_t i) {
-        const int64_t first_tile = i / panels * block, last_tile = std::min(first_tile + block, tiles.count);
+        const int64_t first_tile = i / panels * tiles.count / blocks, last_tile = (i / panels + 1) * tiles.count / blocks;
         int64_t panel = i % panels;
         int number = 0;
         for (int64_t own; panel >= (own = (products[number].outer + PANEL - 1) / PANEL); ++number) panel -= own;
@@ -218,7 +260,7 @@ void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int n
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
             const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
             product.multiply(tiles, panel, tile, tile == first_tile, inputs, sums);
-            for (int64_t t = 0; t < tokens; ++t) emit(number, first + t, feature, count, sums + t * PANEL);
+            emit(number, first, tokens, feature, count, sums);
         }
     });
 }

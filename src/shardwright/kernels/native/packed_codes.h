@@ -155,16 +155,19 @@ template <class Codes>
 inline void round_group(const float* row, const Span& span, int64_t most, typename Codes::Input* to, float& scale, float& sum) {
     using Input = typename Codes::Input;
     const int64_t count = span.last - span.first;
-    const float* const end = row + count;
-    float largest = 0.0f;
-    bool is_finite = true;
-    for (const float* x = row; x < end; ++x) {
-        largest = std::max(largest, std::fabs(*x));
-        is_finite &= std::fabs(*x) <= FLT_MAX;
+    int32_t bits = 0;  // of the largest number: those of numbers without a sign are in the order of the numbers
+    for (int64_t i = 0; i < count; ++i) {
+        int32_t own;
+        std::memcpy(&own, row + i, sizeof own);
+        bits = std::max(bits, own & 0x7fffffff);
     }
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
+    const bool is_finite = largest <= FLT_MAX;
     const float wanted = static_cast<float>(most) / largest, factor = is_finite && wanted <= FLT_MAX ? wanted : 0.0f;
     int32_t total = 0;
     std::fill(to, to + span.filled, Input(0));
+#pragma GCC ivdep  // bytes may be anything to the compiler
     for (int64_t i = 0; i < count; ++i) {
         const int32_t rounded = static_cast<int32_t>(std::nearbyint(row[i] * factor));
         to[Codes::place_of(i)] = static_cast<Input>(rounded);
@@ -182,7 +185,7 @@ Rounded round_inputs(const Tiles& tiles, int64_t inner, int64_t group_size, Read
     thread_local std::vector<int32_t> lanes;
     thread_local std::vector<float> scales, sums;
     const int64_t groups = (inner + group_size - 1) / group_size, most = Codes::largest_input(group_size);
-    const int64_t group_lanes = Span(0, group_size, group_size).filled / LANE_INPUTS;
+    const int64_t group_lanes = Span(0, group_size, group_size).filled / LANE_INPUTS, stride = (group_lanes + LANES - 1) / LANES * LANES;
     const int64_t num_lanes = (groups - 1) * group_lanes + Span(groups - 1, group_size, inner).filled / LANE_INPUTS;
     lanes.resize(tiles.tokens * num_lanes);
     scales.resize(tiles.tokens * groups);
@@ -191,19 +194,19 @@ Rounded round_inputs(const Tiles& tiles, int64_t inner, int64_t group_size, Read
     float *const to_scales = scales.data(), *const to_sums = sums.data();
     share(tiles.count * groups, tiles.tokens * inner >= WORTH_ARRANGING, [&](int64_t task) {
         thread_local std::vector<float> row;
-        thread_local std::vector<Input> own;
+        thread_local std::vector<int32_t> rounded;
         const int64_t tile = task / groups, group = task % groups;
         const int64_t first = tiles.start(tile), count = tiles.start(tile + 1) - first;
         const Span span(group, group_size, inner);
         row.resize(group_size);
-        own.resize(group_lanes * LANE_INPUTS);
-        int32_t* const to = to_lanes + first * num_lanes + group * group_lanes * count;
+        rounded.resize(TILE * stride);
         for (int64_t t = 0; t < count; ++t) {
             const int64_t place = first * groups + group * count + t;
             read(first + t, span.first, span.last, row.data());
-            round_group<Codes>(row.data(), span, most, own.data(), to_scales[place], to_sums[place]);
-            for (int64_t i = 0; i < span.filled / LANE_INPUTS; ++i) std::memcpy(to + i * count + t, own.data() + i * LANE_INPUTS, sizeof(int32_t));
+            Input* const own = reinterpret_cast<Input*>(rounded.data() + t * stride);
+            round_group<Codes>(row.data(), span, most, own, to_scales[place], to_sums[place]);
         }
+        interleave_rows(rounded.data(), stride, count, span.filled / LANE_INPUTS, to_lanes + first * num_lanes + group * group_lanes * count);
     });
     return {to_lanes, to_scales, to_sums, inner, group_size, groups, num_lanes};
 }
@@ -234,7 +237,7 @@ struct Coded {
                 typename Codes::Sums sums[T][2] = {};
                 const int64_t some = std::min(rows, Codes::MOST_ROWS);
                 for (int64_t row = 0; row < some; ++row) {
-                    __builtin_prefetch(place + AHEAD);
+                    fetch_ahead(place + AHEAD);
                     for (int part = 0; part < Codes::PARTS; ++part) {
                         typename Codes::Part one, two;
                         Codes::load(place, part, one, two);

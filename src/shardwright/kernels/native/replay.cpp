@@ -420,11 +420,17 @@ void linears(const Instruction* instructions, int count, const Tiles& tiles, con
     P products[MOST_JOINED];
     for (int i = 0; i < count; ++i)
         products[i] = {reinterpret_cast<decltype(P::weight)>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
-    multiply(tiles, inputs, products, count, [&](int number, int64_t token, int64_t feature, int64_t features, float* sums) {
+    multiply(tiles, inputs, products, count, [&](int number, int64_t token, int64_t tokens, int64_t feature, int64_t features, float* sums) {
         const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
-        if (bias.data)
-            for (int64_t i = 0; i < features; ++i) sums[i] += reinterpret_cast<const float*>(bias.data)[feature + i];
-        store_row(sums, features, out.data + (token * out.stride[0] + feature * out.stride[1]) * bytes(out.type), out.type, out.stride[1]);
+        const bool is_whole = features == PANEL && out.stride[1] == 1;
+        const int64_t step = out.stride[0] * bytes(out.type);
+        char* to = out.data + token * step + feature * out.stride[1] * bytes(out.type);
+        for (int64_t t = 0; t < tokens; ++t, sums += PANEL, to += step) {
+            if (bias.data)
+                for (int64_t i = 0; i < features; ++i) sums[i] += reinterpret_cast<const float*>(bias.data)[feature + i];
+            if (is_whole) store_row(sums, PANEL, to, out.type, 1);
+            else store_row(sums, features, to, out.type, out.stride[1]);
+        }
     });
 }
 

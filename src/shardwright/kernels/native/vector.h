@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -124,6 +125,7 @@ inline void put(Vector v, float* p) { _mm512_storeu_ps(p, v); }
 inline Vector plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+inline __m256 fold(Vector v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int LANES = 8;
 using Vector = __m256;
@@ -141,10 +143,7 @@ inline float sum(Vector v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-}
+inline __m256 fold(Vector v) { return v; }
 #else  // NEON, SSE, or whatever the compiler makes of vectors of four
 constexpr int LANES = 4;
 typedef float Vector __attribute__((vector_size(16)));
@@ -181,13 +180,40 @@ inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
     widen_two(both, even, odd);
 }
 
-#if !(defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512BW__)
+// Lane i of the result is lane i of a, or where STEP is in i, lane i - STEP of b; and lane i + STEP of a, or lane i of b.
+template <int STEP, int... I>
+inline void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    const Vector low = __builtin_shufflevector(a, b, (I & STEP ? LANES + I - STEP : I)...);
+    b = __builtin_shufflevector(a, b, (I & STEP ? LANES + I : I + STEP)...);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(LANES * 4)));
+    const Vector low = (Vector)__builtin_shuffle((Lanes)a, (Lanes)b, Lanes{(I & STEP ? LANES + I - STEP : I)...});
+    b = (Vector)__builtin_shuffle((Lanes)a, (Lanes)b, Lanes{(I & STEP ? LANES + I : I + STEP)...});
+#endif
+    a = low;
+}
+
+// Rows of a square become its columns (Eklundh, "A fast computer method for matrix transposing", 1972).
+template <int STEP = LANES / 2>
+__attribute__((always_inline)) inline void transpose(Vector (&rows)[LANES]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+        if (!(i & STEP)) exchange_lanes<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
+    if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
+// Sums of all lanes of each.
 inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
+#if defined(__AVX2__) && defined(__FMA__)
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
     out[0] = sum(a);
     out[1] = sum(b);
     out[2] = sum(c);
     out[3] = sum(d);
-}
 #endif
+}
 
 }  // namespace
