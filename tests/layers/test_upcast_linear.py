@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shardwright.layers.upcast_linear import MIN_TOKENS, UpcastLinear, upcast_linears
+from shardwright.layers import upcast_linear
+from shardwright.layers.upcast_linear import MIN_TOKENS, UpcastLinear, has_fast_half_products, upcast_linears
 
 
 def make_linear(in_features: int, out_features: int, dtype: torch.dtype, *, has_bias: bool) -> nn.Linear:
@@ -68,3 +69,12 @@ def test_others_are_left_alone(kind: str) -> None:
     before = type(linear)
     assert upcast_linears(linear) == 0
     assert type(linear) is before
+
+
+@pytest.mark.parametrize(("machine", "has_amx", "expected"), [("x86_64", False, False), ("x86_64", True, True)])
+def test_half_precision_products_of_x86_are_fast_with_tiles_alone(
+    monkeypatch: pytest.MonkeyPatch, machine: str, has_amx: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(upcast_linear.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert has_fast_half_products.__wrapped__() is expected

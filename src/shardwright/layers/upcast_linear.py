@@ -1,10 +1,10 @@
 """Half-precision linears in pure torch, on CPUs without half-precision matrix products and machines without a compiler.
 
 There torch multiplies bfloat16 and float16 matrices element by element: measured on such a machine (AVX2, 2 cores), all
-linears of a 135M model took 350 ms for 32 tokens, in float32 97 ms. With AVX512-BF16 they run at two thirds of float32's
-rate. So weights are widened to float32 on the way: for
-many tokens piece by piece, in a scratch buffer that stays in the cache of the CPU, for torch's float32 product. For a
-few tokens torch itself reads weights at the speed of memory. Results are those of float32 accumulation, rounded once.
+linears of a 135M model took 350 ms for 32 tokens, in float32 97 ms; with AVX512-BF16 products have two thirds of the
+rate of float32's. So weights are widened to float32 on the way: for many tokens piece by piece, in a scratch buffer
+that stays in the cache of the CPU, for torch's float32 product. For a few tokens torch itself reads weights at the
+speed of memory. Results are those of float32 accumulation, rounded once.
 """
 
 from __future__ import annotations
