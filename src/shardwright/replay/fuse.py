@@ -20,6 +20,9 @@ MOST_FEATURES = 16_384
 MOST_NUMBERS = 1 << 17
 """Of all rows that a run keeps at a time."""
 
+ALIGNMENT = 16
+"""Numbers: rows that a run keeps begin where vectors of the machine do, or each would be read in two pieces."""
+
 IN_MEMORY = -1
 _ONE = Affine(1)
 _REDUCTIONS = (Operation.SUM, Operation.MEAN, Operation.AMAX)
@@ -143,7 +146,7 @@ class _Run:
         for storage, rows in self._made.items():
             low, high = rows.span
             starts[storage] = total - low
-            total += high - low
+            total += -(-(high - low) // ALIGNMENT) * ALIGNMENT
         if total > MOST_NUMBERS:
             return self._instructions
         result = []

@@ -192,13 +192,11 @@ struct CompactProduct {
         const Apart *apart = all.apart(panel), *const end = all.apart(panel + 1);
         const float* const input = inputs.data + first * inner;
         if (tiles.count > 1) {
-            thread_local std::vector<uint16_t> rows;
-            if (is_first) {
-                rows.resize(inner * PANEL);
-                unpack_rows(own, 0, inner, apart, end, rows.data());
-            }
+            thread_local std::vector<uint16_t> unpacked;
+            uint16_t* const rows = at_line(unpacked, inner * PANEL);
+            if (is_first) unpack_rows(own, 0, inner, apart, end, rows);
             const Fetched fetched = part_of(all.panel(panel + 1), inner, GROUP_BYTES / GROUP, tiles, tile);
-            return multiply_tile(tokens, rows.data(), input, inner, sums, PANEL, fetched);
+            return multiply_tile(tokens, rows, input, inner, sums, PANEL, fetched);
         }
         with_tokens(tokens, [&](auto count, auto chains) {
             if constexpr (count <= MOST_STRAIGHT) {

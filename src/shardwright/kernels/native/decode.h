@@ -146,9 +146,7 @@ void decode(const Shape& shape, const T* query, const T* keys, const T* values, 
     thread_local std::vector<int64_t> slots;
     const int64_t dim = shape.key_dim, value_dim = shape.value_dim, length = last - first + 1;
     const int64_t stride = (length + KEYS + ROW_LANES - 1) / ROW_LANES * ROW_LANES;  // room for whole vectors
-    scratch.resize(HEADS * (dim + stride) + 16);
-    float* const wide = scratch.data() + (-reinterpret_cast<intptr_t>(scratch.data()) & 63) / 4;
-    float* const scores = wide + HEADS * dim;
+    float *const scores = at_line(scratch, HEADS * (dim + stride)), *const wide = scores + HEADS * stride;
     slots.resize(length);
     find_slots(shape, table, first, last, slots.data());
     each_heads(shape, from, to, [&](auto some, int64_t kv, int64_t head) {

@@ -52,8 +52,7 @@ void attend_rows(const Shape& shape, const Sequences& step, const Context& conte
     }
     float factors[TILE];
     const int64_t from = low / PANEL, to = high / PANEL + 1, width = (to - from) * PANEL;  // panels that any of them sees
-    scratch.resize(count * (shape.key_dim + width));
-    float *wide = scratch.data(), *scores = wide + count * shape.key_dim;
+    float *const scores = at_line(scratch, count * (width + shape.key_dim)), *const wide = scores + count * width;
     for (int64_t r = 0; r < count; ++r)
         for (int64_t d = 0; d < shape.key_dim; ++d)
             wide[d * count + r] = widen(query[(token[r] * heads + head[r]) * shape.key_dim + d]) * shape.scale;
@@ -100,8 +99,7 @@ void attend_prompts(const Shape& shape, const Sequences& step, const T* query, c
             for (int64_t tile = num_tiles - 1; tile >= 0; --tile) tiles.push_back({number, tile});  // the longest first
         }
     }
-    packed.resize(size);
-    float* place = packed.data();
+    float* place = at_line(packed, size);
     for (Context& context : contexts) {
         context.keys = place;
         place += context.panels() * PANEL * shape.key_dim;

@@ -347,9 +347,14 @@ void run_part(const Instruction& in, const Part& part, float* own, int64_t width
         if (place < 0) {
             const char* const data = view.data + part.start(view);
             const int64_t row_step = part.step(view);
-            if (view.type == F32 && step == 1) input[v] = {reinterpret_cast<const float*>(data), row_step / 4};
-            else
+            if (view.type == F32 && step == 1) {
+                input[v] = {reinterpret_cast<const float*>(data), row_step / 4};
+            } else if (row_step == 0) {
+                load_row(data, view.type, step, length, copied);
+                input[v] = {copied, 0};
+            } else {
                 for (int64_t r = 0; r < part.rows; ++r) load_row(data + r * row_step, view.type, step, length, copied + r * width);
+            }
         } else if (step == 0) {
             for (int64_t r = 0; r < part.rows; ++r) std::fill_n(copied + r * width, length, own[place + r * width]);
         } else if (place != target && place < target + made && target < place + length) {
@@ -381,13 +386,14 @@ void run_rows(const Instruction* run) {
     for (int64_t d = 0; d + 1 < dims; ++d) outer *= size[d];
     for (int64_t i = 0; i < count; ++i)
         for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
+    longest = (longest + ROW_LANES - 1) / ROW_LANES * ROW_LANES;
     const int64_t width = kept + 3 * longest, most = std::max<int64_t>(1, RUN_NUMBERS / width), parts = (inner + most - 1) / most;
     share(outer * parts, outer * inner * longest * count >= WORTH_THREADS, [&](int64_t task) {
         thread_local std::vector<float> scratch;
         const int64_t first = task % parts * most;
         const Part part{task / parts * inner + first, std::min(most, inner - first), dims, size};
-        scratch.resize(width * most);
-        for (int64_t i = 0; i < count; ++i) run_part(run[i], part, scratch.data(), width, kept, longest);
+        float* const own = at_line(scratch, width * most);
+        for (int64_t i = 0; i < count; ++i) run_part(run[i], part, own, width, kept, longest);
     });
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -107,6 +108,14 @@ inline float largest_of(const float* row, int64_t length) {
         for (int64_t lane = 0; lane < ROW_LANES; ++lane) lanes[lane] = lanes[lane] < row[i + lane] ? row[i + lane] : lanes[lane];
     for (; i < length; ++i) lanes[0] = std::max(lanes[0], row[i]);
     return *std::max_element(lanes, lanes + ROW_LANES);
+}
+
+// Room for `size` numbers that begins at a cache line, or vectors would be read in two pieces; what was there stays while the size does.
+template <typename N>
+inline N* at_line(std::vector<N>& scratch, int64_t size) {
+    constexpr intptr_t LINE = 64;
+    scratch.resize(size + LINE / sizeof(N));
+    return scratch.data() + (-reinterpret_cast<intptr_t>(scratch.data()) & (LINE - 1)) / static_cast<intptr_t>(sizeof(N));
 }
 
 constexpr inline bool is_bfloat16(const float*) { return false; }
