@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t GROUP = 4;  // input features; a weight has a multiple of it
 constexpr int64_t GROUP_BYTES = GROUP * PANEL * 3 / 2;
+constexpr int64_t GROUP_LINES = (GROUP_BYTES + LINE - 1) / LINE;
 constexpr int64_t TABLE_BYTES = PANEL * 2;
 constexpr int64_t LANE = 16;           // bytes that vectors of 128 bits look up and interleave among themselves
 constexpr int MOST_STRAIGHT = 2;        // tokens that are multiplied as a panel is read
@@ -150,7 +151,7 @@ inline void unpack_rows(const uint8_t* panel, int64_t first, int64_t last, const
 // T tokens [inner, T] by a panel, as it is read.
 template <int T, int CHAINS>
 __attribute__((noinline)) void multiply_straight(const uint8_t* panel, const Apart* apart, const Apart* end, const float* input, int64_t inner,
-                                                 float* out) {
+                                                 float* out, Fetched fetched) {
     const Bytes table = read<Bytes>(panel);
     const uint8_t* group = panel + TABLE_BYTES;
     const float* x = input;
@@ -160,7 +161,7 @@ __attribute__((noinline)) void multiply_straight(const uint8_t* panel, const Apa
     for (int64_t k = 0; k < inner; k += GROUP) {
         Bits16 rows[GROUP];
         unpack_group(group, table, rows);
-        for (int64_t line = 0; line < GROUP_BYTES; line += 64) fetch_ahead(group + AHEAD + line);
+        for (int64_t line = 0; line < GROUP_LINES; ++line) fetch_ahead(group + line * LINE, fetched);
         group += GROUP_BYTES;
         for (int row = 0; row < GROUP; ++row) {
             Vector first, second;
@@ -183,10 +184,17 @@ struct CompactProduct {
     uint8_t* weight;
     int64_t outer;
 
-    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool is_first, const Arranged& inputs, float* sums) const {
+    // Where tokens read a weight that is kept unpacked beside it, those of that.
+    Panels panels(int64_t inner, int64_t tokens) const {
+        const Compact all{inner, (outer + PANEL - 1) / PANEL, weight};
+        if (tokens > MOST_STRAIGHT && all.unpacked_offset()) return Product<uint16_t>{all.unpacked(0), outer}.panels(inner);
+        return {reinterpret_cast<const char*>(weight), all.panels, Compact::panel_bytes(inner)};
+    }
+    Panels panels(const Tiles& tiles, const Arranged& inputs) const { return panels(inputs.inner, tiles.tokens); }
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool is_first, const Arranged& inputs, float* sums, const Ahead& ahead) const {
         const Compact all{inputs.inner, (outer + PANEL - 1) / PANEL, weight};
         if (tiles.tokens > MOST_STRAIGHT && keeps(all, panel, tile))
-            return Product<uint16_t>{all.unpacked(0), outer}.multiply(tiles, panel, tile, is_first, inputs, sums);
+            return Product<uint16_t>{all.unpacked(0), outer}.multiply(tiles, panel, tile, is_first, inputs, sums, ahead);
         const int64_t inner = inputs.inner, first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
         const uint8_t* const own = all.panel(panel);
         const Apart *apart = all.apart(panel), *const end = all.apart(panel + 1);
@@ -195,12 +203,11 @@ struct CompactProduct {
             thread_local std::vector<uint16_t> unpacked;
             uint16_t* const rows = at_line(unpacked, inner * PANEL);
             if (is_first) unpack_rows(own, 0, inner, apart, end, rows);
-            const Fetched fetched = part_of(all.panel(panel + 1), inner, GROUP_BYTES / GROUP, tiles, tile);
-            return multiply_tile(tokens, rows, input, inner, sums, PANEL, fetched);
+            return multiply_tile(tokens, rows, input, inner, sums, PANEL, part_of(ahead, inner, tiles, tile));
         }
         with_tokens(tokens, [&](auto count, auto chains) {
             if constexpr (count <= MOST_STRAIGHT) {
-                multiply_straight<count, chains>(own, apart, end, input, inner, sums);
+                multiply_straight<count, chains>(own, apart, end, input, inner, sums, part_of(ahead, inner / GROUP * GROUP_LINES, tiles, tile));
             } else {
                 alignas(64) uint16_t rows[UNPACKED_ROWS * PANEL];
                 for (int64_t k = 0; k < inner; k += UNPACKED_ROWS) {

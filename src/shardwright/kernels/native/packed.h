@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "threads.h"
+#include "stream.h"
 #include "vector.h"
 
 // Tokens at once: as many sums as fill the registers.
@@ -24,12 +24,9 @@
 namespace {
 
 constexpr int PANEL = 2 * LANES;
-constexpr int64_t AHEAD = 2048;            // bytes between what is read and what is fetched, where each number is read once
-#if defined(__AVX512BW__)
-constexpr int64_t FAR_AHEAD = 8192;  // what is fetched to the second cache first: there many more lines can be on their way (Emerald Rapids)
-#else
-constexpr int64_t FAR_AHEAD = 0;
-#endif
+// Bytes between what is read and what is fetched to the nearest cache, where each number is read once; and to the second one: there many
+// more lines can be on their way.
+constexpr int64_t AHEAD = 2048, FAR_AHEAD = 8192;
 constexpr int64_t FETCHING = 4;            // tiles that fetch the next panel
 constexpr int64_t LEAST_CACHE = 512 << 10;  // the second one, where the system does not tell
 constexpr int64_t ARRANGED = 256;          // features of a token at once
@@ -57,21 +54,23 @@ void pack_panel(const W* weight, int64_t outer_stride, int64_t inner_stride, int
     }
 }
 
-inline void fetch_ahead(const void* place) {
-    __builtin_prefetch(place);
-    if constexpr (FAR_AHEAD > 0) __builtin_prefetch(static_cast<const char*>(place) + (FAR_AHEAD - AHEAD), 0, 2);
-}
-
-// What is fetched into the cache beside reading a panel, so many bytes further for each of its rows.
+// What is fetched beside reading a panel, so many bytes further for each of its rows.
 struct Fetched {
     const char* from;
     int64_t step;
 };
 
+// To the nearest cache what is read soon after `place`; to the second one the next part of what is read later.
+inline void fetch_ahead(const void* place, Fetched& fetched) {
+    __builtin_prefetch(static_cast<const char*>(place) + AHEAD);
+    __builtin_prefetch(fetched.from, 0, 2);
+    fetched.from += fetched.step;
+}
+
 // What follows soon after what is read now.
 template <typename W>
 Fetched ahead_of(const W* weight) {
-    return {reinterpret_cast<const char*>(weight) + AHEAD, PANEL * sizeof(W)};
+    return {reinterpret_cast<const char*>(weight) + FAR_AHEAD, PANEL * sizeof(W)};
 }
 
 // Chains of sums, added up, to rows of `out`.
@@ -98,8 +97,7 @@ __attribute__((noinline)) void multiply_tile(const W* weight, const float* input
     const auto step = [&](int c) __attribute__((always_inline)) {
         Vector first, second;
         load_two(weight, first, second);
-        fetch_ahead(fetched.from);
-        fetched.from += fetched.step;
+        fetch_ahead(weight, fetched);
         for (int t = 0; t < T; ++t) {
             const Vector x = splat(input[IN_ROWS ? t * token_stride : t]);
             sums[c][t][0] = fma(first, x, sums[c][t][0]);
@@ -207,13 +205,13 @@ Arranged arrange(const Tiles& tiles, int64_t inner, Read read) {
     return {all, inner};
 }
 
-// A panel that several tiles read one after another is in the cache for all but the first: each of these, or of the first ones, fetches its
-// part of the next panel instead, `rows` rows of so many bytes, so that memory is not idle.
-inline Fetched part_of(const void* next, int64_t rows, int64_t row_bytes, const Tiles& tiles, int64_t tile) {
+// A panel that several tiles read one after another comes from memory for the first alone. Each of them, or of the first ones, fetches its
+// part of what is ahead, in as many steps, so that memory is not idle.
+inline Fetched part_of(const Ahead& ahead, int64_t steps, const Tiles& tiles, int64_t tile) {
     const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-    const int64_t fetching = std::min<int64_t>(tiles.tokens, FETCHING * TILE);
-    if (first >= fetching) return {static_cast<const char*>(next), 0};
-    return {static_cast<const char*>(next) + rows * first / fetching * row_bytes, row_bytes * tokens / fetching};
+    const int64_t fetching = std::min<int64_t>(tiles.tokens, FETCHING * TILE), all_steps = fetching * steps;
+    if (first >= fetching || steps == 0) return {ahead.from, 0};
+    return {ahead.from + ahead.bytes * first / fetching, (ahead.bytes * tokens + all_steps - 1) / all_steps};
 }
 
 // A packed weight.
@@ -222,11 +220,14 @@ struct Product {
     static constexpr int64_t LEAST_TILES = 1;
     const W* weight;
     int64_t outer;
-    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Arranged& inputs, float* sums) const {
+    Panels panels(int64_t inner) const {
+        return {reinterpret_cast<const char*>(weight), (outer + PANEL - 1) / PANEL, inner * PANEL * static_cast<int64_t>(sizeof(W))};
+    }
+    Panels panels(const Tiles&, const Arranged& inputs) const { return panels(inputs.inner); }
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Arranged& inputs, float* sums, const Ahead& ahead) const {
         const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
         const W* const own = weight + panel * inputs.inner * PANEL;
-        const Fetched fetched = tiles.count == 1 ? ahead_of(own) : part_of(own + inputs.inner * PANEL, inputs.inner, PANEL * sizeof(W), tiles, tile);
-        multiply_tile(tokens, own, inputs.data + first * inputs.inner, inputs.inner, sums, PANEL, fetched);
+        multiply_tile(tokens, own, inputs.data + first * inputs.inner, inputs.inner, sums, PANEL, part_of(ahead, inputs.inner, tiles, tile));
     }
 };
 
@@ -242,9 +243,10 @@ inline int64_t block_bytes() {
 
 // Products of the same tokens with several weights, cut among threads as one. emit(product, first token, tokens, first feature, features,
 // sums) takes what comes out: neighbouring features of some tokens, in rows of PANEL that it may change. A product is told which is the first
-// of the tiles that a thread multiplies one after another by the same panel; at least LEAST_TILES, if there are as many.
+// of the tiles that a thread multiplies one after another by the same panel; at least LEAST_TILES, if there are as many. `reading` is that of
+// the weights in a step that reads others before and after.
 template <typename P, typename Inputs, typename Emit>
-void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int num_products, Emit emit) {
+void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int num_products, Emit emit, const Reading* reading = nullptr) {
     int64_t panels = 0;
     for (int p = 0; p < num_products; ++p) panels += (products[p].outer + PANEL - 1) / PANEL;
     const int64_t tile_bytes = std::max<int64_t>(inputs.inner * TILE * sizeof(float), 1), most = std::max<int64_t>(1, block_bytes() / tile_bytes);
@@ -256,10 +258,15 @@ void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int n
         for (int64_t own; panel >= (own = (products[number].outer + PANEL - 1) / PANEL); ++number) panel -= own;
         const P& product = products[number];
         const int64_t feature = panel * PANEL, count = std::min<int64_t>(PANEL, product.outer - feature);
+        const Panels all = product.panels(tiles, inputs);
+        const int64_t least = tiles.count == 1 ? FAR_AHEAD : all.bytes;
+        const bool is_streamed = reading && blocks == 1 && all.bytes > 0;
+        const Ahead ahead = is_streamed ? own_stream().beside(*reading, i, number, panel, least)
+                                        : Ahead{all.data + panel * all.bytes + least, all.bytes};
         alignas(64) float sums[TILE * PANEL];
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
             const int64_t first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
-            product.multiply(tiles, panel, tile, tile == first_tile, inputs, sums);
+            product.multiply(tiles, panel, tile, tile == first_tile, inputs, sums, ahead);
             emit(number, first, tokens, feature, count, sums);
         }
     });

@@ -218,12 +218,20 @@ struct Coded {
     const uint8_t* weight;
     int64_t outer;
 
+    static constexpr int64_t NUMBERS_BYTES = Codes::NUMBERS * PANEL * 2;
+
+    static int64_t rows(int64_t inner, int64_t group_size) {
+        const int64_t last = (inner + group_size - 1) / group_size - 1;
+        return (last * Span(0, group_size, group_size).filled + Span(last, group_size, inner).filled) / Codes::ROW_INPUTS;
+    }
+    Panels panels(int64_t inner, int64_t group_size) const {
+        const int64_t groups = (inner + group_size - 1) / group_size;
+        return {reinterpret_cast<const char*>(weight), (outer + PANEL - 1) / PANEL, rows(inner, group_size) * ROW_BYTES + groups * NUMBERS_BYTES};
+    }
+    Panels panels(const Tiles&, const Rounded& inputs) const { return panels(inputs.inner, inputs.group_size); }
+
     template <int T>
-    __attribute__((noinline)) void multiply_tile(int64_t panel, int64_t first, const Rounded& inputs, float* out) const {
-        constexpr int64_t NUMBERS_BYTES = Codes::NUMBERS * PANEL * 2;
-        constexpr int64_t LANE_INPUTS = sizeof(int32_t) / sizeof(typename Codes::Input);
-        const int64_t panel_bytes = inputs.num_lanes * LANE_INPUTS / Codes::ROW_INPUTS * ROW_BYTES + inputs.groups * NUMBERS_BYTES;
-        const uint8_t* place = weight + panel * panel_bytes;
+    __attribute__((noinline)) void multiply_tile(const uint8_t* place, int64_t first, const Rounded& inputs, float* out, Fetched fetched) const {
         const int32_t* lanes = inputs.lanes + first * inputs.num_lanes;
         const float *scales = inputs.scales + first * inputs.groups, *input_sums = inputs.sums + first * inputs.groups;
         Vector totals[T][2];
@@ -237,7 +245,7 @@ struct Coded {
                 typename Codes::Sums sums[T][2] = {};
                 const int64_t some = std::min(rows, Codes::MOST_ROWS);
                 for (int64_t row = 0; row < some; ++row) {
-                    fetch_ahead(place + AHEAD);
+                    fetch_ahead(place, fetched);
                     for (int part = 0; part < Codes::PARTS; ++part) {
                         typename Codes::Part one, two;
                         Codes::load(place, part, one, two);
@@ -270,9 +278,11 @@ struct Coded {
             for (int half = 0; half < 2; ++half) put(totals[t][half], out + t * PANEL + half * LANES);
     }
 
-    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Rounded& inputs, float* out) const {
+    void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool, const Rounded& inputs, float* out, const Ahead& ahead) const {
         const int64_t first = tiles.start(tile);
-        with_tokens(tiles.start(tile + 1) - first, [&](auto count, auto) { multiply_tile<count>(panel, first, inputs, out); });
+        const uint8_t* const own = weight + panel * panels(tiles, inputs).bytes;
+        const Fetched fetched = part_of(ahead, rows(inputs.inner, inputs.group_size), tiles, tile);
+        with_tokens(tiles.start(tile + 1) - first, [&](auto count, auto) { multiply_tile<count>(own, first, inputs, out, fetched); });
     }
 };
 

@@ -2,6 +2,7 @@
 // computes in float32 and rounds once, as torch's own do. Plain C interface, no torch headers; replay/instructions.py writes the list.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <vector>
@@ -12,7 +13,7 @@
 
 namespace {
 
-constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12, MOST_JOINED = 8;
+constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12;
 constexpr int64_t CHUNK = 256;              // elements of a row that are widened at once
 constexpr int64_t WORTH_THREADS = 1 << 13;  // elements of an operation
 constexpr int64_t RUN_NUMBERS = 4096;       // in float32 that a run of instructions works on at once: half of the nearest cache
@@ -422,11 +423,11 @@ bool take_rows(const View& out, const View& table, const View& index) {
 
 // out [M, N] = x [M, K] @ weight.T + bias [N], float32, for instructions that follow each other and have the same x; weights are packed.
 template <typename P, typename Inputs>
-void linears(const Instruction* instructions, int count, const Tiles& tiles, const Inputs& inputs) {
+void linears(const Instruction* instructions, const Tiles& tiles, const Inputs& inputs, const Reading& reading) {
     P products[MOST_JOINED];
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < reading.count; ++i)
         products[i] = {reinterpret_cast<decltype(P::weight)>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
-    multiply(tiles, inputs, products, count, [&](int number, int64_t token, int64_t tokens, int64_t feature, int64_t features, float* sums) {
+    multiply(tiles, inputs, products, reading.count, [&](int number, int64_t token, int64_t tokens, int64_t feature, int64_t features, float* sums) {
         const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
         const bool is_whole = features == PANEL && out.stride[1] == 1;
         const int64_t step = out.stride[0] * bytes(out.type);
@@ -437,11 +438,11 @@ void linears(const Instruction* instructions, int count, const Tiles& tiles, con
             if (is_whole) store_row(sums, PANEL, to, out.type, 1);
             else store_row(sums, features, to, out.type, out.stride[1]);
         }
-    });
+    }, &reading);
 }
 
 // Products that follow each other and have the same input. Those of codes have a group size and bits; other bytes are bfloat16 in 12 bits.
-void linears(const Instruction* instructions, int count) {
+void linears(const Instruction* instructions, const Reading& reading) {
     const View& x = instructions[0].tensor[1];
     const int64_t type = instructions[0].tensor[2].type, group_size = instructions[0].value[1], code_bits = instructions[0].value[2];
     const Tiles tiles(x.size[0]);
@@ -451,13 +452,13 @@ void linears(const Instruction* instructions, int count) {
     if (type == U8 && code_bits) {
         with_codes(code_bits, x.type == BF16, [&](auto codes) {
             using Codes = decltype(codes);
-            linears<Coded<Codes>>(instructions, count, tiles, round_inputs<Codes>(tiles, x.size[1], group_size, read));
+            linears<Coded<Codes>>(instructions, tiles, round_inputs<Codes>(tiles, x.size[1], group_size, read), reading);
         });
     } else {
         const Arranged inputs = arrange(tiles, x.size[1], read);
-        if (type == U8) linears<CompactProduct>(instructions, count, tiles, inputs);
-        else if (type == BF16) linears<Product<uint16_t>>(instructions, count, tiles, inputs);
-        else linears<Product<float>>(instructions, count, tiles, inputs);
+        if (type == U8) linears<CompactProduct>(instructions, tiles, inputs, reading);
+        else if (type == BF16) linears<Product<uint16_t>>(instructions, tiles, inputs, reading);
+        else linears<Product<float>>(instructions, tiles, inputs, reading);
     }
 }
 
@@ -522,9 +523,40 @@ void attention(const Instruction& in, const Group& group) {
     copy(out, from);
 }
 
-// Runs instructions from `start` on. Returns the number of instructions when done, that of the first HOST instruction that is met, or
-// -1 - the number of one with an index that is out of range.
-int64_t run(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
+Panels panels_of(const Instruction& in) {
+    const View &x = in.tensor[1], &weight = in.tensor[2];
+    const int64_t outer = in.tensor[0].size[1], inner = x.size[1], group_size = in.value[1], code_bits = in.value[2];
+    uint8_t* const data = reinterpret_cast<uint8_t*>(weight.data);
+    Panels panels{};
+    if (weight.type == F32) panels = Product<float>{reinterpret_cast<const float*>(data), outer}.panels(inner);
+    else if (weight.type == BF16) panels = Product<uint16_t>{reinterpret_cast<const uint16_t*>(data), outer}.panels(inner);
+    else if (code_bits == 0) panels = CompactProduct{data, outer}.panels(inner, x.size[0]);
+    else with_codes(code_bits, x.type == BF16, [&](auto codes) { panels = Coded<decltype(codes)>{data, outer}.panels(inner, group_size); });
+    return panels;
+}
+
+// The weights of all products from `start` on, and behind them one reading of nothing.
+const Reading* find_readings(const Instruction* instructions, int64_t count, int64_t start) {
+    static std::atomic<int64_t> numbers{0};
+    thread_local std::vector<Reading> readings;
+    readings.clear();
+    for (int64_t i = start; i < count; ++i) {
+        if (instructions[i].operation != LINEAR) continue;
+        const bool is_joined = instructions[i].value[0] && i > start && instructions[i - 1].operation == LINEAR && readings.back().count < MOST_JOINED;
+        if (!is_joined) readings.push_back({++numbers, 0, 0, {}});
+        Reading& own = readings.back();
+        own.weights[own.count++] = panels_of(instructions[i]);
+        own.total += own.weights[own.count - 1].count;
+    }
+    readings.push_back({++numbers, 0, 0, {}});
+    return readings.data();
+}
+
+// Runs instructions from `start` on, whose weights are `next`, of which the one that is read now or next is told in `coming`. Returns the
+// number of instructions when done, that of the first HOST instruction that is met, or -1 - the number of one with an index that is out of
+// range.
+int64_t run(const Instruction* instructions, int64_t count, int64_t start, const Group* groups, const Reading* next,
+            std::atomic<const Reading*>& coming) {
     for (int64_t i = start; i < count; ++i) {
         const Instruction& in = instructions[i];
         const View* t = in.tensor;
@@ -541,15 +573,11 @@ int64_t run(const Instruction* instructions, int64_t count, int64_t start, const
             case LAYER_NORM: normalize(true, as_float(in.value[0]), t); break;
             case RMS_NORM: normalize(false, as_float(in.value[0]), t); break;
             case ROWS: if (!take_rows(t[0], t[1], t[2])) return -1 - i; break;
-            case LINEAR: {
-                int joined = 1;
-                while (joined < MOST_JOINED && i + joined < count && instructions[i + joined].operation == LINEAR &&
-                       instructions[i + joined].value[0])
-                    ++joined;
-                linears(&in, joined);
-                i += joined - 1;
+            case LINEAR:
+                linears(&in, *next);
+                i += next->count - 1;
+                coming.store(++next, std::memory_order_release);
                 break;
-            }
             case PRODUCT: product(t); break;
             case WRITE_CACHE: {
                 const Group& group = groups[in.value[0]];
@@ -572,6 +600,9 @@ int64_t run(const Instruction* instructions, int64_t count, int64_t start, const
 // See run.
 extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
     int64_t reached = 0;
-    lead([&] { reached = run(instructions, count, start, groups); });
+    const Reading* const readings = find_readings(instructions, count, start);
+    std::atomic<const Reading*> coming{readings};
+    lead([&] { reached = run(instructions, count, start, groups, readings, coming); },
+         [&] { return own_stream().fetch(*coming.load(std::memory_order_acquire), block_bytes()); });
     return reached;
 }

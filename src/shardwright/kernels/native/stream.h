@@ -1,0 +1,123 @@
+// The weights of a step, as a stream from memory. Products of few tokens wait for them, and what lies between products leaves memory idle.
+// So threads that find nothing to do, as most of that is too little to be cut, fetch what they will have of the next products; and while a
+// product is computed, the rest of its weights is fetched at a pace that has it done by the end, so that memory is busy all the time.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "threads.h"
+
+namespace {
+
+constexpr int MOST_JOINED = 8;  // products of the same tokens
+constexpr int64_t LINE = 64;
+constexpr int64_t LINES_AT_ONCE = 16;  // by a thread without a piece, until it looks for one again
+
+// A packed weight: its panels follow each other.
+struct Panels {
+    const char* data;
+    int64_t count, bytes;  // of each
+};
+
+// The weights of products that are cut among threads as one.
+struct Reading {
+    int64_t number;  // no other has the same, nor has one that is read later a smaller one
+    int64_t total;   // of panels; 0 behind the last reading of a step
+    int count;
+    Panels weights[MOST_JOINED];
+};
+
+// What is fetched while a panel is read: so many bytes from there on.
+struct Ahead {
+    const char* from;
+    int64_t bytes;
+};
+
+// What one thread fetches of the weights that it is going to read.
+class Stream {
+public:
+    // For a thread without a piece: a little of a reading to come, or of those after it, `most` bytes in all. Returns whether there was any.
+    bool fetch(const Reading& next, int64_t most) {
+        follow(next);
+        if (lead_ >= most || !more()) return false;
+        const char* const end = std::min(place_ + LINES_AT_ONCE * LINE, end_);
+        lead_ += end - place_;
+        for (; place_ < end; place_ += LINE) __builtin_prefetch(place_, 0, 2);
+        return true;
+    }
+
+    // While panel `panel` of weight `weight` is read, which is panel `item` of all: what is fetched is at least `least` bytes further.
+    Ahead beside(const Reading& reading, int64_t item, int weight, int64_t panel, int64_t least) {
+        follow(reading);
+        const Panels& all = reading.weights[weight];
+        const char* const own = all.data + panel * all.bytes;
+        if (reading_ != &reading || item < first_ || item >= last_) return {own + least, all.bytes};  // another thread's part
+        const int64_t unread = last_ - item;
+        lead_ = 0;
+        const bool is_behind = weight > weight_ || (weight == weight_ && place_ < own + least);
+        if (is_behind) {
+            enter(weight, panel);
+            place_ += least;
+        }
+        if (!more()) return {own, 0};
+        const int64_t unfetched = last_ - entered_ + (end_ - place_ + all.bytes - 1) / all.bytes;
+        const int64_t bytes = is_behind ? all.bytes : (all.bytes * std::min(unfetched, unread) / unread + LINE - 1) / LINE * LINE;
+        place_ += bytes;
+        return {place_ - bytes, bytes};
+    }
+
+private:
+    void follow(const Reading& reading) {
+        if (reading.number <= number_) return;
+        begin(reading);
+        lead_ = 0;
+    }
+
+    void begin(const Reading& reading) {
+        const Seat& seat = own_seat();
+        reading_ = &reading;
+        number_ = reading.number;
+        first_ = start_of(reading.total, seat.thread, seat.threads);
+        last_ = start_of(reading.total, seat.thread + 1, seat.threads);
+        int64_t panel = first_;
+        int weight = 0;
+        while (weight < reading.count && panel >= reading.weights[weight].count) panel -= reading.weights[weight++].count;
+        entered_ = first_;
+        place_ = end_ = nullptr;
+        if (first_ < last_) enter(weight, panel);
+    }
+
+    // Goes on with a panel, and those of its weight that follow.
+    void enter(int weight, int64_t panel) {
+        const Panels& all = reading_->weights[weight];
+        int64_t before = panel;
+        for (int w = 0; w < weight; ++w) before += reading_->weights[w].count;
+        weight_ = weight;
+        entered_ = std::min(before - panel + all.count, last_);
+        place_ = all.data + panel * all.bytes;
+        end_ = place_ + (entered_ - before) * all.bytes;
+    }
+
+    // Whether anything is left, maybe of the next weight.
+    bool more() {
+        if (place_ < end_) return true;
+        if (entered_ >= last_) return false;
+        enter(weight_ + 1, 0);
+        return true;
+    }
+
+    const Reading* reading_ = nullptr;
+    int64_t number_ = -1, first_ = 0, last_ = 0;  // of its panels, those of the thread
+    int64_t entered_ = 0, lead_ = 0;              // panels up to the end of the weight that is being fetched; bytes that are not read yet
+    int weight_ = 0;
+    const char *place_ = nullptr, *end_ = nullptr;
+};
+
+inline Stream& own_stream() {
+    static thread_local Stream stream;
+    return stream;
+}
+
+}  // namespace
