@@ -22,9 +22,12 @@ from typing import Any
 _COMPILER = "torch._dynamo"
 _BY_ITSELF = "torch._dynamo._trace_wrapped_higher_order_op"
 """The one of its modules that Transformers imports, which does without the rest."""
-_FOR_TRAINING = ("is_scipy_available", "is_torch_distributed_available")
-"""Transformers' questions after what it imports to train: losses that match boxes, tensors sharded in its own way."""
+_FOR_TRAINING = ("is_scipy_available", "is_torch_distributed_available", "is_accelerate_available")
+"""Transformers' questions after what it imports to train: losses that match boxes, tensors sharded in its own way,
+models spread over devices."""
 _ASKS = "transformers.modeling_utils"
+_SMALL_LIBRARIES = ("array", "asyncio", "csv", "markupsafe", "queue", "regex", "ssl", "unicodedata", "yaml")
+"""That Transformers imports: once PyTorch's are being loaded, each waits until they are there."""
 
 
 def postpone_compiler() -> None:
@@ -127,6 +130,9 @@ def load_torch_ahead() -> None:
     spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
     if spec is None or spec.origin is None or sys.platform != "linux":
         return
+    for name in _SMALL_LIBRARIES:
+        with suppress(ImportError):
+            import_module(name)
     libraries = Path(spec.origin).parent / "lib"
     load = ctypes.CDLL(None).dlopen
     load.restype = ctypes.c_void_p
@@ -154,5 +160,5 @@ def leave_out_training() -> None:
             setattr(import_utils, name, _never)
 
 
-def _never() -> bool:
+def _never(*args: Any, **options: Any) -> bool:
     return False

@@ -19,6 +19,7 @@ from shardwright.cli import bench, chat, complete, inspect, models, plan, run, s
 from shardwright.cli.errors import exit_code, message
 from shardwright.cli.help import examples
 from shardwright.cli.output import print_error, show_logs
+from shardwright.foreign_models import remember_model_names
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for command in (run, serve, complete, chat, models, inspect, plan, bench):
@@ -97,4 +98,5 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # text in any language, whatever the locale
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers' bars too: a log is no place for them
+    remember_model_names()
     sys.exit(run_command(sys.argv[1:]))

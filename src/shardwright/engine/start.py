@@ -11,6 +11,7 @@ from shardwright.engine.core import EngineCore
 from shardwright.engine.pooling_core import PoolingCore
 from shardwright.errors import ConfigError
 from shardwright.foreign_imports import leave_out_training, load_torch_ahead, postpone_compiler
+from shardwright.foreign_models import remember_model_names
 from shardwright.models.resolve import resolve_model, uses_factory
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def open_core(config: EngineConfig) -> Core | RemoteCore:
 
 def own_process(config: EngineConfig) -> None:
     """Say, ahead of the core, that this process is there for it alone: it starts sooner with what it then spares."""
+    remember_model_names()
     models = [config.model] if config.speculative.method != "draft" else [config.model, config.of_draft.model]
     if config.parallel.num_ranks == 1 and not any(uses_factory(m) or m.trust_remote_code for m in models):
         load_torch_ahead()

@@ -19,6 +19,7 @@ import msgspec
 
 from shardwright.config import EngineConfig
 from shardwright.errors import ShardwrightError
+from shardwright.foreign_models import remember_model_names
 from shardwright.garbage import start_of_process
 from shardwright.models.registry import adopt
 from shardwright.parallel.channel import RingReader, send_reply
@@ -68,6 +69,7 @@ class Rank:
         if isinstance(command, Setup):
             return self._set_up(command)
         if isinstance(command, Load):
+            remember_model_names()
             with start_of_process():
                 return Loaded(self._load(command.config, command.port))
         assert self._worker is not None, "a model is loaded first"
