@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,8 @@ import pytest
 
 NAMES = """
 import sys
-import transformers
-print(len(dir(transformers)), sorted(dir(transformers)))
-from transformers.models.llama import LlamaConfig
-assert transformers.LlamaConfig is LlamaConfig
+import transformers.models
+print(sorted(dir(transformers)), sorted(dir(transformers.models)))
 """
 SCRIPT = (
     """
@@ -28,6 +27,14 @@ remember_model_names()
 assert not any("shardwright" in type(finder).__module__ for finder in sys.meta_path), "it is needed once"
 """
 )
+HOMELESS = """
+import os
+import pathlib
+os.environ.clear()
+def expanduser(path):
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.expanduser = expanduser
+"""
 SEARCHED = """
 import transformers.utils.import_utils as module
 assert module.define_import_structure.__module__ == "shardwright.foreign_models"
@@ -52,27 +59,41 @@ def output_of(script: str, cache: Path) -> str:
     return run.stdout
 
 
-def test_names_are_those_of_a_search_the_first_time_and_later(tmp_path: Path, expected: str) -> None:
-    assert output_of(SCRIPT + SEARCHED, tmp_path) == expected
-    (file,) = (tmp_path / "transformers").iterdir()
-    written = file.stat().st_mtime_ns
-    assert output_of(SCRIPT + SEARCHED, tmp_path) == expected
-    assert file.stat().st_mtime_ns == written, "nothing was searched"
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, expected: str) -> Path:
+    """A cache after the first time."""
+    cache = tmp_path_factory.mktemp("cache")
+    assert output_of(SCRIPT + SEARCHED, cache) == expected
+    return cache
 
 
-@pytest.mark.parametrize("content", ["", "[[1, 2]]", "7"])
-def test_a_file_that_is_none_is_written_anew(content: str, tmp_path: Path, expected: str) -> None:
-    output_of(SCRIPT, tmp_path)
-    (file,) = (tmp_path / "transformers").iterdir()
-    whole = file.read_text()
-    file.write_text(content)
+def test_names_are_those_of_a_search_the_first_time_and_later(filled: Path, expected: str) -> None:
+    written = {file: file.stat().st_mtime_ns for file in filled.glob("transformers/*/*.json")}
+    assert len(written) == 2, "of the package, and of its models"
+    assert output_of(SCRIPT + SEARCHED, filled) == expected
+    assert written == {file: file.stat().st_mtime_ns for file in written}, "nothing was searched"
+
+
+@pytest.mark.parametrize("contents", [("", "[]"), ('[["a", "b"]]', "7")])
+def test_a_file_that_is_none_is_written_anew(
+    contents: tuple[str, str], filled: Path, tmp_path: Path, expected: str
+) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    files = sorted(tmp_path.glob("transformers/*/*.json"))
+    whole = [file.read_text() for file in files]
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(content)
     assert output_of(SCRIPT, tmp_path) == expected
-    assert file.read_text() == whole
+    assert [file.read_text() for file in files] == whole
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, expected: str) -> None:
     (tmp_path / "transformers").write_text("a file where the folder should be")
     assert output_of(SCRIPT, tmp_path) == expected
+
+
+def test_without_a_home_it_is_done_without(expected: str) -> None:
+    assert output_of(HOMELESS + SCRIPT, Path("/")) == expected
 
 
 def test_files_that_somebody_works_on_are_read_each_time(tmp_path: Path) -> None:

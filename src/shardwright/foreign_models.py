@@ -41,7 +41,7 @@ class _Exchange(MetaPathFinder):
         """As MetaPathFinder has it."""
         if name != _SEARCHES:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # others may go through the old list
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
@@ -51,33 +51,50 @@ class _Exchange(MetaPathFinder):
 def _execute(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
     exec_module(module)
     search = getattr(module, "define_import_structure", None)
-    package = Path(str(module.__file__)).parents[1]
-    installed = next(package.parent.glob(f"{package.name}-*.dist-info/RECORD"), None)
-    if search is None or installed is None:
+    models = Path(str(module.__file__)).parents[1] / "models"
+    cache = _cache_of(models)
+    if search is None or cache is None:
         return
-    seen = installed.stat()
-    key = [str(installed), seen.st_mtime_ns, seen.st_size]
 
-    def look_up(module_path: Any, prefix: str | None = None) -> Names:
-        if Path(module_path) != package / "models":
-            return search(module_path, prefix=prefix)  # type: ignore[no-any-return]
-        digest = hashlib.sha256(json.dumps([*key, prefix]).encode()).hexdigest()
-        file = cache_directory() / "transformers" / f"{digest[:16]}.json"
-        with suppress(OSError, ValueError, TypeError):
+    def look_up(module_path: Any, *args: Any, **options: Any) -> Any:
+        if Path(module_path) not in (models, models / "__init__.py"):
+            return search(module_path, *args, **options)
+        file = cache / f"{_digest([args, options])}.json"
+        with suppress(Exception):
             return _read(file)
-        names: Names = search(module_path, prefix=prefix)
-        with suppress(OSError):
+        names = search(module_path, *args, **options)
+        with suppress(Exception):  # nothing that Transformers may come to return stops it from being imported
             _write(names, file)
         return names
 
     module.define_import_structure = look_up  # type: ignore[attr-defined]
 
 
+def _cache_of(models: Path) -> Path | None:
+    """The folder for what is found in a folder as it is installed; None if it may change by itself."""
+    package = models.parent
+    records = list(package.parent.glob(f"{package.name}-*.dist-info/RECORD"))
+    try:
+        (record,) = (record.stat() for record in records)
+        key = [str(models), models.stat().st_mtime_ns, str(records[0]), record.st_mtime_ns, record.st_size]
+        return cache_directory() / "transformers" / _digest(key)
+    except (OSError, ValueError, RuntimeError):  # of no files, several, or no home
+        return None
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
 def _read(file: Path) -> Names:
-    return {
+    """Raises whatever comes of a file that is not one of these."""
+    names = {
         frozenset(needed): {module: set(classes) for module, classes in modules.items()}
         for needed, modules in json.loads(file.read_bytes())
     }
+    if not names[frozenset()]:  # what needs nothing is always there
+        raise ValueError(f"{file} is empty")
+    return names
 
 
 def _write(names: Names, file: Path) -> None:

@@ -535,12 +535,12 @@ Panels panels_of(const Instruction& in) {
     return panels;
 }
 
-// The weights of all products from `start` on, and behind them one reading of nothing.
+// The weights of all products from `start` to the next HOST instruction, and behind them one reading of nothing.
 const Reading* find_readings(const Instruction* instructions, int64_t count, int64_t start) {
     static std::atomic<int64_t> numbers{0};
     thread_local std::vector<Reading> readings;
     readings.clear();
-    for (int64_t i = start; i < count; ++i) {
+    for (int64_t i = start; i < count && instructions[i].operation != HOST; ++i) {
         if (instructions[i].operation != LINEAR) continue;
         const bool is_joined = instructions[i].value[0] && i > start && instructions[i - 1].operation == LINEAR && readings.back().count < MOST_JOINED;
         if (!is_joined) readings.push_back({++numbers, 0, 0, {}});

@@ -23,7 +23,7 @@ struct Panels {
 
 // The weights of products that are cut among threads as one.
 struct Reading {
-    int64_t number;  // no other has the same, nor has one that is read later a smaller one
+    int64_t number;  // no other has the same
     int64_t total;   // of panels; 0 behind the last reading of a step
     int count;
     Panels weights[MOST_JOINED];
@@ -38,7 +38,7 @@ struct Ahead {
 // What one thread fetches of the weights that it is going to read.
 class Stream {
 public:
-    // For a thread without a piece: a little of a reading to come, or of those after it, `most` bytes in all. Returns whether there was any.
+    // For a thread without a piece: a little of what it will read next, until `most` bytes are ahead. Returns whether there was any.
     bool fetch(const Reading& next, int64_t most) {
         follow(next);
         if (lead_ >= most || !more()) return false;
@@ -53,7 +53,7 @@ public:
         follow(reading);
         const Panels& all = reading.weights[weight];
         const char* const own = all.data + panel * all.bytes;
-        if (reading_ != &reading || item < first_ || item >= last_) return {own + least, all.bytes};  // another thread's part
+        if (item < first_ || item >= last_) return {own + least, all.bytes};  // another thread's part
         const int64_t unread = last_ - item;
         lead_ = 0;
         const bool is_behind = weight > weight_ || (weight == weight_ && place_ < own + least);
@@ -70,12 +70,7 @@ public:
 
 private:
     void follow(const Reading& reading) {
-        if (reading.number <= number_) return;
-        begin(reading);
-        lead_ = 0;
-    }
-
-    void begin(const Reading& reading) {
+        if (reading.number == number_) return;
         const Seat& seat = own_seat();
         reading_ = &reading;
         number_ = reading.number;
@@ -85,6 +80,7 @@ private:
         int weight = 0;
         while (weight < reading.count && panel >= reading.weights[weight].count) panel -= reading.weights[weight++].count;
         entered_ = first_;
+        lead_ = 0;
         place_ = end_ = nullptr;
         if (first_ < last_) enter(weight, panel);
     }
