@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 NAMES = """
-import sys
 import transformers.models
 print(sorted(dir(transformers)), sorted(dir(transformers.models)))
 """

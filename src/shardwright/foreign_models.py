@@ -83,7 +83,7 @@ def _cache_of(models: Path) -> Path | None:
 
 
 def _digest(key: Any) -> str:
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> Names:

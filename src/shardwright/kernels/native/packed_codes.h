@@ -142,6 +142,12 @@ struct Span {
         : first(group * group_size), last(std::min(first + group_size, inner)), filled((last - first + UNIT - 1) / UNIT * UNIT) {}
 };
 
+// What all groups are filled up to.
+inline int64_t filled_inputs(int64_t inner, int64_t group_size) {
+    const int64_t last = (inner + group_size - 1) / group_size - 1;
+    return last * Span(0, group_size, group_size).filled + Span(last, group_size, inner).filled;
+}
+
 // Rounded tokens in the order in which tiles read them: each tile has [filled, its tokens] inputs, as integers of 32 bits that have
 // neighbouring ones, and [groups, its tokens] scales, by which its inputs are multiplied, and sums of its rounded inputs.
 struct Rounded {
@@ -186,7 +192,7 @@ Rounded round_inputs(const Tiles& tiles, int64_t inner, int64_t group_size, Read
     thread_local std::vector<float> scales, sums;
     const int64_t groups = (inner + group_size - 1) / group_size, most = Codes::largest_input(group_size);
     const int64_t group_lanes = Span(0, group_size, group_size).filled / LANE_INPUTS, stride = (group_lanes + LANES - 1) / LANES * LANES;
-    const int64_t num_lanes = (groups - 1) * group_lanes + Span(groups - 1, group_size, inner).filled / LANE_INPUTS;
+    const int64_t num_lanes = filled_inputs(inner, group_size) / LANE_INPUTS;
     lanes.resize(tiles.tokens * num_lanes);
     scales.resize(tiles.tokens * groups);
     sums.resize(tiles.tokens * groups);
@@ -220,10 +226,7 @@ struct Coded {
 
     static constexpr int64_t NUMBERS_BYTES = Codes::NUMBERS * PANEL * 2;
 
-    static int64_t rows(int64_t inner, int64_t group_size) {
-        const int64_t last = (inner + group_size - 1) / group_size - 1;
-        return (last * Span(0, group_size, group_size).filled + Span(last, group_size, inner).filled) / Codes::ROW_INPUTS;
-    }
+    static int64_t rows(int64_t inner, int64_t group_size) { return filled_inputs(inner, group_size) / Codes::ROW_INPUTS; }
     Panels panels(int64_t inner, int64_t group_size) const {
         const int64_t groups = (inner + group_size - 1) / group_size;
         return {reinterpret_cast<const char*>(weight), (outer + PANEL - 1) / PANEL, rows(inner, group_size) * ROW_BYTES + groups * NUMBERS_BYTES};

@@ -8,11 +8,11 @@
 #include <cstdint>
 
 #include "threads.h"
+#include "vector.h"
 
 namespace {
 
 constexpr int MOST_JOINED = 8;  // products of the same tokens
-constexpr int64_t LINE = 64;
 constexpr int64_t LINES_AT_ONCE = 16;  // by a thread without a piece, until it looks for one again
 
 // A packed weight: its panels follow each other.
@@ -58,7 +58,7 @@ public:
         lead_ = 0;
         const bool is_behind = weight > weight_ || (weight == weight_ && place_ < own + least);
         if (is_behind) {
-            enter(weight, panel);
+            enter(item);
             place_ += least;
         }
         if (!more()) return {own, 0};
@@ -76,31 +76,27 @@ private:
         number_ = reading.number;
         first_ = start_of(reading.total, seat.thread, seat.threads);
         last_ = start_of(reading.total, seat.thread + 1, seat.threads);
-        int64_t panel = first_;
-        int weight = 0;
-        while (weight < reading.count && panel >= reading.weights[weight].count) panel -= reading.weights[weight++].count;
         entered_ = first_;
         lead_ = 0;
         place_ = end_ = nullptr;
-        if (first_ < last_) enter(weight, panel);
+        if (first_ < last_) enter(first_);
     }
 
-    // Goes on with a panel, and those of its weight that follow.
-    void enter(int weight, int64_t panel) {
-        const Panels& all = reading_->weights[weight];
-        int64_t before = panel;
-        for (int w = 0; w < weight; ++w) before += reading_->weights[w].count;
-        weight_ = weight;
-        entered_ = std::min(before - panel + all.count, last_);
+    // Goes on with a panel, counted over all weights, and those of its weight that follow.
+    void enter(int64_t item) {
+        int64_t panel = item;
+        for (weight_ = 0; panel >= reading_->weights[weight_].count; ++weight_) panel -= reading_->weights[weight_].count;
+        const Panels& all = reading_->weights[weight_];
+        entered_ = std::min(item - panel + all.count, last_);
         place_ = all.data + panel * all.bytes;
-        end_ = place_ + (entered_ - before) * all.bytes;
+        end_ = place_ + (entered_ - item) * all.bytes;
     }
 
     // Whether anything is left, maybe of the next weight.
     bool more() {
         if (place_ < end_) return true;
         if (entered_ >= last_) return false;
-        enter(weight_ + 1, 0);
+        enter(entered_);
         return true;
     }
 

@@ -110,10 +110,11 @@ inline float largest_of(const float* row, int64_t length) {
     return *std::max_element(lanes, lanes + ROW_LANES);
 }
 
+constexpr int64_t LINE = 64;  // bytes of the cache
+
 // Room for `size` numbers that begins at a cache line, or vectors would be read in two pieces; what was there stays while the size does.
 template <typename N>
 inline N* at_line(std::vector<N>& scratch, int64_t size) {
-    constexpr intptr_t LINE = 64;
     scratch.resize(size + LINE / sizeof(N));
     return scratch.data() + (-reinterpret_cast<intptr_t>(scratch.data()) & (LINE - 1)) / static_cast<intptr_t>(sizeof(N));
 }
