@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import psutil
@@ -105,3 +107,27 @@ def test_pages_are_there_once_they_are_touched_ahead() -> None:
             thread.join()
     assert PAGE_BYTES // 2 <= process.memory_info().rss - before < SIZE
     assert not memory.any()
+
+
+ENDS_WHILE_MEMORY_IS_GIVEN_BACK = """
+import threading, time, torch
+from shardwright.kernels.huge_pages import PAGE_BYTES, empty_in_huge_pages, touch_ahead
+
+class Slow(bytearray):
+    def __del__(self):
+        given_back.set()
+        for _ in range(300):  # one of them ends while Python does
+            time.sleep(0.001)
+
+given_back = threading.Event()
+memories = [empty_in_huge_pages(PAGE_BYTES) for _ in range(50)]
+memories.append(torch.frombuffer(Slow(PAGE_BYTES), dtype=torch.uint8))
+touch_ahead(memories)
+del memories
+given_back.wait()
+"""
+
+
+def test_a_process_may_end_while_memory_that_was_touched_ahead_is_given_back() -> None:
+    child = subprocess.run([sys.executable, "-c", ENDS_WHILE_MEMORY_IS_GIVEN_BACK], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr

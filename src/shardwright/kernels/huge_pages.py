@@ -104,6 +104,9 @@ def empty_in_huge_pages(num_bytes: int, written: int | None = None) -> Tensor:
 def touch_ahead(memories: Sequence[Tensor]) -> None:
     """Get the first page of each in the background, from the last one on: who uses them meanwhile begins at the first.
 
+    The thread may be the last to hold them. So Python waits for it at exit: it would end a daemon thread within the
+    destructor of a tensor, from which C++ lets no thread end without ending the process (`std::terminate`).
+
     Args:
         memories: on the CPU, those of a page or more from `empty_in_huge_pages`; what is in them does not change.
     """
@@ -115,7 +118,7 @@ def touch_ahead(memories: Sequence[Tensor]) -> None:
             get(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(PAGE_BYTES), _MADV_POPULATE_WRITE)
 
     if whole and sys.platform == "linux":
-        Thread(target=touch, name="memory", daemon=True).start()
+        Thread(target=touch, name="memory").start()
 
 
 def _mapped(num_bytes: int) -> tuple[mmap.mmap, int]:
