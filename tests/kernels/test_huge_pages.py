@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import psutil
@@ -15,7 +13,6 @@ from shardwright.kernels.huge_pages import (
     release,
     reserve,
     reserved_bytes,
-    touch_ahead,
 )
 
 SIZE = 24 * PAGE_BYTES
@@ -87,47 +84,11 @@ def test_little_memory_leaves_a_reserve_alone() -> None:
     release()
 
 
-def test_pages_that_are_touched_ahead_keep_what_is_in_them() -> None:
-    memories = [empty_in_huge_pages(size) for size in (3 * PAGE_BYTES, 100, PAGE_BYTES)]
-    for number, memory in enumerate(memories):
-        memory.fill_(number + 1)
-    touch_ahead(memories)
-    for thread in threading.enumerate():
-        if thread.name == "memory":
-            thread.join()
-    assert [memory.unique().tolist() for memory in memories] == [[1], [2], [3]]
-
-
-def test_pages_are_there_once_they_are_touched_ahead() -> None:
-    process, memory = psutil.Process(), empty_in_huge_pages(SIZE)
+def test_what_is_used_little_at_first_takes_no_page_of_megabytes() -> None:
+    process, memory = psutil.Process(), empty_in_huge_pages(3 * PAGE_BYTES, small=PAGE_BYTES)
     before = process.memory_info().rss
-    touch_ahead([memory])
-    for thread in threading.enumerate():
-        if thread.name == "memory":
-            thread.join()
-    assert PAGE_BYTES // 2 <= process.memory_info().rss - before < SIZE
-    assert not memory.any()
-
-
-ENDS_WHILE_MEMORY_IS_GIVEN_BACK = """
-import threading, time, torch
-from shardwright.kernels.huge_pages import PAGE_BYTES, empty_in_huge_pages, touch_ahead
-
-class Slow(bytearray):
-    def __del__(self):
-        given_back.set()
-        for _ in range(300):  # one of them ends while Python does
-            time.sleep(0.001)
-
-given_back = threading.Event()
-memories = [empty_in_huge_pages(PAGE_BYTES) for _ in range(50)]
-memories.append(torch.frombuffer(Slow(PAGE_BYTES), dtype=torch.uint8))
-touch_ahead(memories)
-del memories
-given_back.wait()
-"""
-
-
-def test_a_process_may_end_while_memory_that_was_touched_ahead_is_given_back() -> None:
-    child = subprocess.run([sys.executable, "-c", ENDS_WHILE_MEMORY_IS_GIVEN_BACK], capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    memory[0] = 1
+    assert process.memory_info().rss - before < PAGE_BYTES // 2
+    assert memory.sum() == 1
+    memory.fill_(1)
+    assert memory.all()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from threading import Event
 
 import psutil
 import pytest
@@ -91,18 +94,63 @@ def test_weights_are_kept_unpacked_where_memory_is_plentiful(
     assert isinstance(first, PackedLinear)
     assert (first.packed.dtype, first.unpacked is not None) == (torch.uint8, keeps)
     with torch.inference_mode():
-        expected = [module(x) for _ in range(10)][-1]
-        assert first.unpacked is None or not first.unpacked.any(), "it does not serve yet"
-        keep_unpacked(module)
-        for _ in range(10):
-            assert torch.equal(module(x), expected)
+        expected = module(x)
+        assert first.unpacked is None or not first.unpacked.any(), "nobody said that it shall be"
+        keep_unpacked(module).join()
+        assert torch.equal(module(x), expected)
     assert first.unpacked is None or first.unpacked.any()
+
+
+def test_weights_that_nobody_holds_any_more_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).bfloat16()
+    replace_linears(module)
+    begun, unpacked, keep = Event(), [], PackedLinear.keep_unpacked
+
+    def slow(linear: PackedLinear) -> None:
+        unpacked.append(linear.in_features)
+        begun.wait()
+        keep(linear)
+
+    monkeypatch.setattr(PackedLinear, "keep_unpacked", slow)
+    thread = keep_unpacked(module)
+    del module
+    begun.set()
+    thread.join()
+    assert len(unpacked) <= 1
+
+
+ENDS_WHILE_A_WEIGHT_IS_GIVEN_BACK = """
+import threading, time, torch
+from torch import nn
+from shardwright.layers.cpu_linears import keep_unpacked, replace_linears
+
+class Slow(bytearray):
+    def __del__(self):
+        given_back.set()
+        for _ in range(300):  # one of them ends while Python does
+            time.sleep(0.001)
+
+given_back = threading.Event()
+linear = nn.Linear(2048, 8192, bias=False).bfloat16()
+weight = torch.frombuffer(Slow(linear.weight.nbytes), dtype=torch.bfloat16).view_as(linear.weight)
+linear.weight = nn.Parameter(weight, requires_grad=False)
+replace_linears(linear)
+keep_unpacked(linear)
+del linear, weight
+assert not given_back.is_set(), "unpacking takes longer"
+given_back.wait()
+"""
+
+
+def test_a_process_may_end_while_a_weight_that_was_unpacked_is_given_back() -> None:
+    child = subprocess.run([sys.executable, "-c", ENDS_WHILE_A_WEIGHT_IS_GIVEN_BACK], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
 
 
 def test_a_weight_that_outgrows_12_bits_takes_16_and_may_come_back() -> None:
     module = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
     replace_linears(module)
-    keep_unpacked(module)
+    keep_unpacked(module).join()
     linear, x = module[0], torch.ones(5, 64).bfloat16()
     assert isinstance(linear, PackedLinear)
     small = linear.weight.detach().clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwright.cache.spec import CacheGroup, LayerSpec, lane_elements
-from shardwright.kernels.huge_pages import empty_in_huge_pages, touch_ahead
+from shardwright.kernels.huge_pages import PAGE_BYTES, empty_in_huge_pages
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST_FLOAT8 = torch.finfo(FLOAT8).max
@@ -54,7 +54,7 @@ class KVCache:
         num_blocks: blocks of the pool, the null block not counted.
         block_size: tokens per block.
         dtype, device: of the storage. It is zeroed, for masked places are read too; on a CPU memory is claimed only
-            when it is written to, but for a first page of each layer.
+            when it is written to.
     """
 
     def __init__(
@@ -87,8 +87,6 @@ class KVCache:
                 values = _heads(lanes[lane][1], layer.num_kv_heads, layer.value_dim)
             self.layers.append(LayerCache(keys, values, block_size, layer.values_in_keys))
             self.group_of_layer.append(group)
-        if device.type == "cpu":
-            touch_ahead([rows for lane in lanes for rows in lane])  # the first blocks are the first to be used
         self.num_blocks = num_blocks
         self._lanes = lanes
         self._block_size = block_size
@@ -130,8 +128,11 @@ def _bits(rows: Tensor) -> Tensor:
 def _zeros(num_slots: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu" or not width:
         return torch.zeros(num_slots, width, dtype=dtype, device=device)
-    # Unlike torch.zeros, this leaves the zeroing to the system, which does it when a page is first written.
-    return empty_in_huge_pages(num_slots * width * dtype.itemsize).view(dtype).view(num_slots, width)
+    # Unlike torch.zeros, this leaves the zeroing to the system, which does it when a page is first written. The first
+    # request writes a little for each layer: pages of megabytes would make it wait (measured: 0.3 s), and do not make
+    # steps faster that read as much as fits in one of each.
+    rows = empty_in_huge_pages(num_slots * width * dtype.itemsize, small=PAGE_BYTES)
+    return rows.view(dtype).view(num_slots, width)
 
 
 def _heads(lane: Tensor, num_heads: int, dim: int) -> Tensor:

@@ -10,16 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import sys
-from collections.abc import Sequence
 from threading import Thread
 
 import torch
 from torch import Tensor
 
 PAGE_BYTES = 2 << 20
-_MADV_POPULATE_WRITE = 23
-"""Of Linux 5.14 and later, which Python has no name for; older ones refuse it."""
 _TOUCHED_AT_ONCE = 8 * PAGE_BYTES
 """Whoever takes the memory waits for no more than that."""
 
@@ -83,7 +79,7 @@ def reserved_bytes() -> int:
     return sum(held.num_bytes for held in _reserved)
 
 
-def empty_in_huge_pages(num_bytes: int, written: int | None = None) -> Tensor:
+def empty_in_huge_pages(num_bytes: int, *, written: int | None = None, small: int = 0) -> Tensor:
     """[num_bytes] uint8 zeros on the CPU, begun at a page; in ordinary ones where the system has no others, or for less
     than a page.
 
@@ -92,42 +88,26 @@ def empty_in_huge_pages(num_bytes: int, written: int | None = None) -> Tensor:
     Args:
         num_bytes: of all of it.
         written: so many of the first of them will be written to soon, if not all; others take no memory until then.
+        small: so many of the first of them shall be in ordinary pages, those of memory that was not reserved: for what
+            is used little at first, and should not wait for megabytes of zeros then.
     """
     if num_bytes < PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_bytes, dtype=torch.uint8)
     if _reserved and num_bytes <= _reserved[0].room:
         return _reserved.pop().take(num_bytes, num_bytes if written is None else written)
     release()
-    return _tensor(*_mapped(num_bytes), num_bytes)
+    return _tensor(*_mapped(num_bytes, small), num_bytes)
 
 
-def touch_ahead(memories: Sequence[Tensor]) -> None:
-    """Get the first page of each in the background, from the last one on: who uses them meanwhile begins at the first.
-
-    The thread may be the last to hold them. So Python waits for it at exit: it would end a daemon thread within the
-    destructor of a tensor, from which C++ lets no thread end without ending the process (`std::terminate`).
-
-    Args:
-        memories: on the CPU, those of a page or more from `empty_in_huge_pages`; what is in them does not change.
-    """
-    whole = [memory for memory in memories if memory.nbytes >= PAGE_BYTES]
-
-    def touch() -> None:
-        get = ctypes.CDLL(None).madvise
-        for memory in reversed(whole):
-            get(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(PAGE_BYTES), _MADV_POPULATE_WRITE)
-
-    if whole and sys.platform == "linux":
-        Thread(target=touch, name="memory").start()
-
-
-def _mapped(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Fresh memory, and where its first huge page begins in it."""
+def _mapped(num_bytes: int, small: int = 0) -> tuple[mmap.mmap, int]:
+    """Fresh memory, and where the first page of megabytes begins in it; after so many bytes they are asked for."""
     size = (-(-num_bytes // PAGE_BYTES) + 1) * PAGE_BYTES  # one more, to begin at a page
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE_BYTES
+    huge = start + small
     with contextlib.suppress(OSError):  # of a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory, -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE_BYTES
+        memory.madvise(mmap.MADV_HUGEPAGE, huge, size - huge)
+    return memory, start
 
 
 def _tensor(memory: mmap.mmap, start: int, num_bytes: int) -> Tensor:

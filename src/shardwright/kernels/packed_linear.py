@@ -85,7 +85,9 @@ def pack_weight(weight: Tensor, into: Tensor | None = None, unpacked: Tensor | N
 
 
 def keep_unpacked(packed: Tensor, unpacked: Tensor, outer: int, inner: int) -> None:
-    """Let a weight in 12 bits be kept in 16 too, from the second time on that a batch or prompt needs them.
+    """Keep a weight in 12 bits in 16 too, where batches and prompts read it from then on.
+
+    It takes one thread, runs beside Python, and the weight may be multiplied meanwhile.
 
     Args:
         packed: the weight [outer, inner], in 12 bits.
@@ -119,8 +121,8 @@ def _unpacked_panels(packed: Tensor, outer: int, inner: int) -> Tensor:
     high = tables.gather(1, codes.reshape(panels, -1).long()).view_as(low)
     lanes = torch.stack((low, high), dim=-1).view(panels, -1, 2, panel // 8, 2, 8, 2)  # rows of two, lanes, rows, words
     numbers = lanes.movedim(4, 3).reshape(panels, inner, panel, 2).view(_HALF).squeeze(-1).clone()
-    starts, rest = packed[end + 8 :].tensor_split([8 * (panels + 1)])  # after how far away the unpacked one is
-    starts, apart = starts.view(torch.int64), rest[-(-panels // 8) * 8 :].view(-1, 8)  # after which are unpacked
+    starts, apart = packed[end + 8 :].tensor_split([8 * (panels + 1)])  # after how far away the unpacked one is
+    starts, apart = starts.view(torch.int64), apart.view(-1, 8)
     places = apart[:, :4].contiguous().view(torch.int32).view(-1)[: starts[-1]].long()
     values = apart[:, 4:].contiguous().view(torch.float32).view(-1)[: starts[-1]]
     own, features = torch.arange(panels).repeat_interleave(starts.diff()), places % panel

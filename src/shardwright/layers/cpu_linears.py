@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 
 from torch import nn
 
@@ -27,11 +30,23 @@ def replace_linears(module: nn.Module) -> None:
         upcast_linears(module)
 
 
-def keep_unpacked(module: nn.Module) -> None:
-    """Let linears keep what they unpack for several tokens: of use once a model serves, not while it is looked at."""
-    for held in module.modules():
-        if isinstance(held, PackedLinear):
-            held.keep_unpacked()
+def keep_unpacked(module: nn.Module) -> Thread:
+    """Have linears keep their weights unpacked too, for steps of several tokens, where there is memory for that.
+
+    It is done in the background, a weight after another, while the model is looked at or serves. Returns the thread
+    that does it; it ends early if Python does, or if nobody holds the module.
+    """
+    linears = [weakref.ref(linear) for linear in module.modules() if isinstance(linear, PackedLinear)]
+
+    def keep() -> None:
+        for reference in linears:
+            if (linear := reference()) is not None and threading.main_thread().is_alive():
+                linear.keep_unpacked()
+
+    # No daemon, as it may be the last to hold a linear (kernels/huge_pages.py says what would happen).
+    thread = Thread(target=keep, name="unpack")
+    thread.start()
+    return thread
 
 
 @contextmanager

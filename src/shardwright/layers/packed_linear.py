@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from threading import Lock
 from typing import Any, NamedTuple
 
 import psutil
@@ -42,6 +43,8 @@ UNPACKED_SHARE = 0.125
 FEW_TOKENS = 16
 """On CPUs with half-precision matrix products: up to so many tokens reading the weight is what takes time."""
 ALIGNMENT = 64
+_packing = Lock()
+"""Held while a weight is packed or unpacked: another thread may be about to do the same."""
 LINEAR_OPERATORS = (F.linear, PACKED_LINEAR)
 """What modes see of a linear, as it was and packed."""
 
@@ -53,7 +56,7 @@ class PackedLinear(nn.Linear):
     unpacked: Tensor | None
     """Room for the weight in 16 bits beside one in 12."""
     keeps: bool = False
-    """Whether it is kept there once it is needed."""
+    """Whether it is kept there."""
     wide_bias: Tensor | None
     """In float32."""
     packed_version: int
@@ -65,17 +68,19 @@ class PackedLinear(nn.Linear):
 
     def pack(self) -> None:
         """Take the weight and bias as they are now."""
-        self.packed = pack_weight(self.weight, self.packed, self.unpacked)
+        with _packing:
+            self.packed = pack_weight(self.weight, self.packed, self.unpacked)
         if self.keeps:
             self.keep_unpacked()
         self.wide_bias = None if self.bias is None else self.bias.detach().float()
         self.packed_version = _version(self.weight)
 
     def keep_unpacked(self) -> None:
-        """Let the weight be kept in 16 bits too once they are needed, if it is packed in 12 and there is room."""
-        self.keeps = True
-        if self.unpacked is not None and self.packed.dtype is torch.uint8:
-            keep_unpacked(self.packed, self.unpacked, self.out_features, self.in_features)
+        """From now on keep the weight in 16 bits too, if it is packed in 12 and there is room."""
+        with _packing:
+            self.keeps = True
+            if self.unpacked is not None and self.packed.dtype is torch.uint8:
+                keep_unpacked(self.packed, self.unpacked, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], dtype of the input."""

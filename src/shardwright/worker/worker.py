@@ -242,10 +242,10 @@ def adapt(
                 _launch_less(model, blueprint, config, without=loops.grouped)
             if config.cache.kv_cache_dtype == "fp8":
                 _store_in_8_bits(model, blueprint, config)
-            if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
-                _record(model, blueprint, config)
             if config.parallel.num_ranks * config.parallel.data_parallel_size == 1:  # several have one memory
                 keep_unpacked(module)
+            if isinstance(model, PackedModel) and config.parallel.num_ranks == 1 and not config.model.enforce_eager:
+                _record(model, blueprint, config)
             return model
     except UnsupportedModelError as exc:
         name = f"{config.model.model} ({blueprint.config.model_type})"

@@ -4,11 +4,11 @@
 // 10,000, is kept apart, whole.
 //
 // A panel is a table of upper bytes, by sign and distance, and groups of four input features: the lower bytes of all, then a half byte for
-// each upper one. Behind the panels stand how far away the memory for the unpacked weight begins, where those kept apart begin for each
-// panel, which panels are unpacked, and those kept apart.
+// each upper one. Behind the panels stand how far away the unpacked weight begins, where those kept apart begin for each panel, and those
+// kept apart.
 //
 // One token or two are multiplied as a panel is read, in three quarters of the time that reading all bits takes. For more it is unpacked,
-// which costs as much as multiplying one more, for some tiles at once. Where there is memory for it, it is kept, from the second time on.
+// which costs as much as multiplying one more, for some tiles at once, unless all of it is kept unpacked beside.
 
 #pragma once
 
@@ -25,10 +25,6 @@ constexpr int MOST_STRAIGHT = 2;        // tokens that are multiplied as a panel
 constexpr int64_t UNPACKED_ROWS = 256;  // at once: few enough for them to stay in the nearest cache
 constexpr int64_t ELEMENTS_PER_APART = 256;  // one more that is kept apart, and the weight is not worth it
 
-constexpr uint8_t BEGUN = 254, UNPACKED = 255;  // states of a panel; before, how often it was unpacked in passing
-constexpr int64_t SPREAD = 8;      // getting pages from the system takes long: what is in a page waits for another few steps than its neighbours
-constexpr int64_t PAGE_BYTES = 2 << 20;
-
 // A weight that is kept apart: input feature * PANEL + output feature within its panel.
 struct Apart {
     uint32_t place;
@@ -44,18 +40,18 @@ struct Compact {
     static int64_t room_apart(int64_t outer, int64_t inner) { return outer * inner / ELEMENTS_PER_APART; }
     static int64_t bytes(int64_t outer, int64_t inner) {
         const int64_t panels = (outer + PANEL - 1) / PANEL;
-        return panels * panel_bytes(inner) + (panels + 2) * 8 + states_bytes(panels) + room_apart(outer, inner) * 8;
+        return panels * panel_bytes(inner) + (panels + 2) * 8 + room_apart(outer, inner) * 8;
     }
 
     uint8_t* panel(int64_t number) const { return weight + number * panel_bytes(inner); }
-    int64_t& unpacked_offset() const { return reinterpret_cast<int64_t*>(panel(panels))[0]; }  // 0: there is no memory for an unpacked one
-    uint16_t* unpacked(int64_t number) const { return reinterpret_cast<uint16_t*>(weight + unpacked_offset()) + number * inner * PANEL; }
-    int64_t* starts() const { return &unpacked_offset() + 1; }
-    uint8_t* states() const { return reinterpret_cast<uint8_t*>(starts() + panels + 1); }
-    Apart* apart(int64_t number) const { return reinterpret_cast<Apart*>(states() + states_bytes(panels)) + starts()[number]; }
-
-private:
-    static int64_t states_bytes(int64_t panels) { return (panels + 7) / 8 * 8; }
+    int64_t* offset() const { return reinterpret_cast<int64_t*>(panel(panels)); }
+    // Null: it is not kept unpacked, or not yet.
+    const uint16_t* unpacked() const {
+        const int64_t distance = __atomic_load_n(offset(), __ATOMIC_ACQUIRE);
+        return distance ? reinterpret_cast<const uint16_t*>(weight + distance) : nullptr;
+    }
+    int64_t* starts() const { return offset() + 1; }
+    Apart* apart(int64_t number) const { return reinterpret_cast<Apart*>(starts() + panels + 1) + starts()[number]; }
 };
 static_assert(sizeof(Apart) == 8);
 
@@ -186,15 +182,15 @@ struct CompactProduct {
 
     // Where tokens read a weight that is kept unpacked beside it, those of that.
     Panels panels(int64_t inner, int64_t tokens) const {
-        const Compact all{inner, (outer + PANEL - 1) / PANEL, weight};
-        if (tokens > MOST_STRAIGHT && all.unpacked_offset()) return Product<uint16_t>{all.unpacked(0), outer}.panels(inner);
+        const Compact all = whole(inner);
+        if (const uint16_t* unpacked = unpacked_for(all, tokens)) return Product<uint16_t>{unpacked, outer}.panels(inner);
         return {reinterpret_cast<const char*>(weight), all.panels, Compact::panel_bytes(inner)};
     }
     Panels panels(const Tiles& tiles, const Arranged& inputs) const { return panels(inputs.inner, tiles.tokens); }
     void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool is_first, const Arranged& inputs, float* sums, const Ahead& ahead) const {
-        const Compact all{inputs.inner, (outer + PANEL - 1) / PANEL, weight};
-        if (tiles.tokens > MOST_STRAIGHT && keeps(all, panel, tile))
-            return Product<uint16_t>{all.unpacked(0), outer}.multiply(tiles, panel, tile, is_first, inputs, sums, ahead);
+        const Compact all = whole(inputs.inner);
+        if (const uint16_t* unpacked = unpacked_for(all, tiles.tokens))
+            return Product<uint16_t>{unpacked, outer}.multiply(tiles, panel, tile, is_first, inputs, sums, ahead);
         const int64_t inner = inputs.inner, first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
         const uint8_t* const own = all.panel(panel);
         const Apart *apart = all.apart(panel), *const end = all.apart(panel + 1);
@@ -222,22 +218,19 @@ struct CompactProduct {
     }
 
 private:
-    // Whether a panel is unpacked by now, maybe by this thread, if it was needed before.
-    static bool keeps(const Compact& all, int64_t panel, int64_t tile) {
-        uint8_t* const state = all.states() + panel;
-        uint8_t seen = __atomic_load_n(state, __ATOMIC_ACQUIRE);
-        if (seen >= BEGUN || tile > 0 || !all.unpacked_offset()) return seen == UNPACKED;
-        uint16_t* const rows = all.unpacked(panel);
-        const bool is_early = seen <= reinterpret_cast<uintptr_t>(rows) / PAGE_BYTES % SPREAD;
-        const uint8_t next = is_early ? seen + 1 : BEGUN;
-        const bool is_mine = __atomic_compare_exchange_n(state, &seen, next, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED);
-        if (is_early || !is_mine) return false;
-        const Apart* apart = all.apart(panel);
-        unpack_rows(all.panel(panel), 0, all.inner, apart, all.apart(panel + 1), rows);
-        __atomic_store_n(state, UNPACKED, __ATOMIC_RELEASE);
-        return true;
-    }
+    Compact whole(int64_t inner) const { return {inner, (outer + PANEL - 1) / PANEL, weight}; }
+    static const uint16_t* unpacked_for(const Compact& all, int64_t tokens) { return tokens > MOST_STRAIGHT ? all.unpacked() : nullptr; }
 };
+
+// Unpacks a weight to so many bytes behind it, where it is read from then on; others may multiply meanwhile.
+inline void unpack(const Compact& all, int64_t distance) {
+    uint16_t* const to = reinterpret_cast<uint16_t*>(all.weight + distance);
+    for (int64_t p = 0; p < all.panels; ++p) {
+        const Apart* apart = all.apart(p);
+        unpack_rows(all.panel(p), 0, all.inner, apart, all.apart(p + 1), to + p * all.inner * PANEL);
+    }
+    __atomic_store_n(all.offset(), distance, __ATOMIC_RELEASE);
+}
 
 // A panel of rows as `pack_panel` makes them; adds what does not fit.
 inline void compress_panel(const uint16_t* rows, int64_t inner, uint8_t* panel, std::vector<Apart>& apart) {
@@ -289,8 +282,7 @@ inline bool compress(const uint16_t* weight, int64_t outer_stride, int64_t inner
         });
     });
     int64_t* const starts = all.starts();
-    all.unpacked_offset() = 0;
-    std::fill(all.states(), all.states() + all.panels, uint8_t(0));
+    *all.offset() = 0;
     starts[0] = 0;
     for (int64_t p = 0; p < all.panels; ++p) starts[p + 1] = starts[p] + static_cast<int64_t>(apart[p].size());
     if (starts[all.panels] > Compact::room_apart(outer, inner)) return false;

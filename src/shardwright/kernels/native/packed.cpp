@@ -52,9 +52,9 @@ extern "C" int64_t pack_compact(const uint16_t* weight, int64_t outer_stride, in
     return compress(weight, outer_stride, inner_stride, outer, inner, packed);
 }
 
-// From now on the weight may be kept unpacked, as pack_weight makes it, so many bytes after it.
-extern "C" void keep_unpacked(uint8_t* packed, int64_t outer, int64_t inner, int64_t offset) {
-    Compact{inner, (outer + PANEL - 1) / PANEL, packed}.unpacked_offset() = offset;
+// Keeps a weight unpacked too, as pack_weight makes it, so many bytes behind it. One thread does that, while others may multiply.
+extern "C" void keep_unpacked(uint8_t* packed, int64_t outer, int64_t inner, int64_t distance) {
+    unpack(Compact{inner, (outer + PANEL - 1) / PANEL, packed}, distance);
 }
 
 // input [tokens, inner] and output [tokens, outer] of the same type, contiguous; bias [outer] float32 or null. The weight has numbers of 32,
