@@ -224,22 +224,36 @@ void elementwise(int64_t operation, const View* tensors, int inputs) {
     });
 }
 
-// Copies of what is no number: of the same type on both sides.
+// Copies numbers of the same type as they are.
+template <typename T>
 void move(const View& to, const View& from) {
-    const int64_t size = bytes(to.type);
-    int64_t total = 1;
-    for (int64_t d = 0; d < to.dims; ++d) total *= to.size[d];
-    for (int64_t i = 0; i < total; ++i)
-        std::memcpy(to.data + offset_of(i, to.size, to.stride, to.dims) * size,
-                    from.data + offset_of(i, to.size, from.stride, to.dims) * size, size);
+    View views[2] = {to, from};
+    const int dims = merge(views, 2);
+    const int64_t length = views[0].size[dims - 1], *const strides = views[0].stride;
+    const int64_t to_step = strides[dims - 1], from_step = views[1].stride[dims - 1];
+    int64_t outer = 1;
+    for (int d = 0; d + 1 < dims; ++d) outer *= views[0].size[d];
+    const int64_t chunk = std::min(length, WORTH_THREADS), chunks = (length + WORTH_THREADS - 1) / WORTH_THREADS;
+    share(outer * chunks, outer * length >= WORTH_THREADS, [&](int64_t task) {
+        const int64_t start = task % chunks * chunk, count = std::min(chunk, length - start);
+        T* const target = reinterpret_cast<T*>(to.data) + offset_of(task / chunks, views[0].size, strides, dims - 1) + start * to_step;
+        const T* const source =
+            reinterpret_cast<const T*>(from.data) + offset_of(task / chunks, views[0].size, views[1].stride, dims - 1) + start * from_step;
+        if (to_step == 1 && from_step == 1) std::memcpy(target, source, count * sizeof(T));
+        else for (int64_t i = 0; i < count; ++i) target[i * to_step] = source[i * from_step];
+    });
 }
 
 void copy(const View& to, const View& from) {
-    if (to.type == F32 || to.type == BF16) {
+    if (to.type != from.type) {
         const View views[2] = {to, from};
-        elementwise(COPY, views, 1);
-    } else {
-        move(to, from);
+        return elementwise(COPY, views, 1);
+    }
+    switch (bytes(to.type)) {
+        case 8: return move<int64_t>(to, from);
+        case 4: return move<int32_t>(to, from);
+        case 2: return move<int16_t>(to, from);
+        default: return move<int8_t>(to, from);
     }
 }
 
@@ -483,19 +497,30 @@ void product(const View* t) {
 
 // [T, heads, dim] of the step to rows of the cache; values: cache, elements from row to row.
 void write_cache(const View& from, char* cache, int64_t row_stride, const int64_t* slots) {
-    View to = from, one = from;
-    to.dims = one.dims = 2;
-    for (int d = 0; d < 2; ++d) {
-        to.size[d] = one.size[d] = from.size[d + 1];
-        one.stride[d] = from.stride[d + 1];
-    }
-    to.stride[0] = from.size[2];
-    to.stride[1] = 1;
-    for (int64_t token = 0; token < from.size[0]; ++token) {
-        to.data = cache + slots[token] * row_stride * bytes(to.type);
-        one.data = from.data + token * from.stride[0] * bytes(from.type);
-        copy(to, one);
-    }
+    const int64_t size = bytes(from.type), heads = from.size[1], dim = from.size[2];
+    share(from.size[0], from.size[0] * heads * dim >= WORTH_THREADS, [&](int64_t token) {
+        for (int64_t head = 0; head < heads; ++head) {
+            char* const to = cache + (slots[token] * row_stride + head * dim) * size;
+            const char* const own = from.data + (token * from.stride[0] + head * from.stride[1]) * size;
+            if (from.stride[2] == 1) std::memcpy(to, own, dim * size);
+            else for (int64_t i = 0; i < dim; ++i) std::memcpy(to + i * size, own + i * from.stride[2] * size, size);
+        }
+    });
+}
+
+// A view [T, heads, dim] whose numbers lie side by side.
+View side_by_side(const View& view, void* data) {
+    View result = view;
+    result.data = static_cast<char*>(data);
+    result.stride[0] = view.size[1] * view.size[2];
+    result.stride[1] = view.size[2];
+    result.stride[2] = 1;
+    return result;
+}
+
+bool lies_side_by_side(const View& view) {
+    const View other = side_by_side(view, view.data);
+    return std::equal(view.stride, view.stride + 3, other.stride);
 }
 
 template <typename T>
@@ -503,24 +528,20 @@ void attention(const Instruction& in, const Group& group) {
     thread_local std::vector<T> query, result;
     const View &out = in.tensor[0], &q = in.tensor[1];
     const int64_t tokens = q.size[0], heads = q.size[1], dim = q.size[2], value_dim = out.size[2], kv_heads = in.value[6];
-    query.resize(tokens * heads * dim);
-    View packed = q;
-    packed.data = reinterpret_cast<char*>(query.data());
-    packed.stride[0] = heads * dim;
-    packed.stride[1] = dim;
-    packed.stride[2] = 1;
-    copy(packed, q);
-    result.resize(tokens * heads * value_dim);
+    const T* own_query = reinterpret_cast<const T*>(q.data);
+    if (!lies_side_by_side(q)) {
+        query.resize(tokens * heads * dim);
+        copy(side_by_side(q, query.data()), q);
+        own_query = query.data();
+    }
+    const bool is_direct = lies_side_by_side(out);
+    if (!is_direct) result.resize(tokens * heads * value_dim);
+    T* const own_result = is_direct ? reinterpret_cast<T*>(out.data) : result.data();
     const Shape shape{kv_heads, heads / kv_heads, dim, value_dim, in.value[5], in.value[3], in.value[4],
                       as_float(in.value[7]), as_float(in.value[8]), in.value[11]};
-    attend(shape, group.sequences, query.data(), reinterpret_cast<const T*>(in.value[1]), reinterpret_cast<const T*>(in.value[2]),
-           {reinterpret_cast<const float*>(in.value[9]), reinterpret_cast<const float*>(in.value[10])}, result.data());
-    View from = out;
-    from.data = reinterpret_cast<char*>(result.data());
-    from.stride[0] = heads * value_dim;
-    from.stride[1] = value_dim;
-    from.stride[2] = 1;
-    copy(out, from);
+    attend(shape, group.sequences, own_query, reinterpret_cast<const T*>(in.value[1]), reinterpret_cast<const T*>(in.value[2]),
+           {reinterpret_cast<const float*>(in.value[9]), reinterpret_cast<const float*>(in.value[10])}, own_result);
+    if (!is_direct) copy(out, side_by_side(out, own_result));
 }
 
 Panels panels_of(const Instruction& in) {
