@@ -102,36 +102,46 @@ struct Rows {
     T* operator[](int64_t row) const { return data + row * step; }
 };
 
-// How many rows, and how many numbers of each.
+// How many rows, and how many numbers of each, and whether results are rounded to bfloat16.
 struct Extent {
     int64_t rows, count;
+    bool rounds = false;
 };
 
 template <typename F>
 inline void each(Extent extent, Rows<float> out, Rows<const float> a, F f) {
-    for (int64_t r = 0; r < extent.rows; ++r) {
-        float* const to = out[r];
-        const float* const x = a[r];
+    const auto all = [&](auto last) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < extent.rows; ++r) {
+            float* const to = out[r];
+            const float* const x = a[r];
 #pragma GCC ivdep  // inputs may be the output, but do not lie across it
-        for (int64_t i = 0; i < extent.count; ++i) to[i] = f(x[i]);
-    }
+            for (int64_t i = 0; i < extent.count; ++i) to[i] = last(f(x[i]));
+        }
+    };
+    if (extent.rounds) all([](float value) { return round_half(value); });
+    else all([](float value) { return value; });
 }
 
 template <typename F>
 inline void each(Extent extent, Rows<float> out, Rows<const float> a, Rows<const float> b, F f) {
-    for (int64_t r = 0; r < extent.rows; ++r) {
-        float* const to = out[r];
-        const float *const x = a[r], *const y = b[r];
+    const auto all = [&](auto last) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < extent.rows; ++r) {
+            float* const to = out[r];
+            const float *const x = a[r], *const y = b[r];
 #pragma GCC ivdep
-        for (int64_t i = 0; i < extent.count; ++i) to[i] = f(x[i], y[i]);
-    }
+            for (int64_t i = 0; i < extent.count; ++i) to[i] = last(f(x[i], y[i]));
+        }
+    };
+    if (extent.rounds) all([](float value) { return round_half(value); });
+    else all([](float value) { return value; });
 }
 
 // out = the result of an operation on a, b and c, each of which may be out.
 void compute(int64_t operation, Extent extent, Rows<float> out, Rows<const float> a, Rows<const float> b, Rows<const float> c) {
     switch (operation) {
         case COPY:
-            if (out.data != a.data)
+            if (extent.rounds) each(extent, out, a, [](float x) { return x; });
+            else if (out.data != a.data)
                 for (int64_t r = 0; r < extent.rows; ++r) std::memmove(out[r], a[r], extent.count * sizeof(float));
             break;
         case NEG: each(extent, out, a, [](float x) { return -x; }); break;
@@ -162,7 +172,10 @@ void compute(int64_t operation, Extent extent, Rows<float> out, Rows<const float
         case POW: each(extent, out, a, b, [](float x, float y) { return std::pow(x, y); }); break;
         case WHERE:
             for (int64_t r = 0; r < extent.rows; ++r)
-                for (int64_t i = 0; i < extent.count; ++i) out[r][i] = a[r][i] != 0.0f ? b[r][i] : c[r][i];
+                for (int64_t i = 0; i < extent.count; ++i) {
+                    const float value = a[r][i] != 0.0f ? b[r][i] : c[r][i];
+                    out[r][i] = extent.rounds ? round_half(value) : value;
+                }
             break;
         default: std::abort();
     }
@@ -316,22 +329,20 @@ void normalize(bool centred, float epsilon, const View* t) {
     });
 }
 
-// A row that becomes one of a tensor: rounded as there, and written to it too if `data` is not null.
-inline void round_row(float* row, int64_t count, char* data, int64_t type, int64_t stride) {
-    if (type == BF16) {
-        uint16_t* const to = reinterpret_cast<uint16_t*>(data);
-        if (to && stride == 1) {
-#pragma GCC ivdep  // a row is scratch
-            for (int64_t i = 0; i < count; ++i) {
-                row[i] = round_half(row[i]);
-                to[i] = narrow_rounded(row[i]);
-            }
-            return;
-        }
-        for (int64_t i = 0; i < count; ++i) row[i] = round_half(row[i]);
-        for (int64_t i = 0; to && i < count; ++i) to[i * stride] = narrow_rounded(row[i]);
-    } else if (data) {
-        store_row(row, count, data, type, stride);
+// As store_row, for numbers that are of that type already.
+inline void store_rounded(const float* from, int64_t count, char* data, int64_t type, int64_t stride) {
+    if (type != BF16) return store_row(from, count, data, type, stride);
+    uint16_t* const to = reinterpret_cast<uint16_t*>(data);
+    if (stride == 1) for (int64_t i = 0; i < count; ++i) to[i] = narrow_rounded(from[i]);
+    else for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow_rounded(from[i]);
+}
+
+// Whether an operation gives numbers of bfloat16 as they are: it takes them from its inputs.
+inline bool is_exact(const Instruction& in, int inputs) {
+    switch (in.operation) {
+        case COPY: case NEG: case ABS: case RELU: case MAXIMUM: case MINIMUM: case AMAX:
+            return std::all_of(in.tensor + 1, in.tensor + 1 + inputs, [](const View& view) { return view.type == BF16; });
+        default: return false;
     }
 }
 
@@ -380,17 +391,20 @@ void run_part(const Instruction& in, const Part& part, float* own, int64_t width
         }
     }
     const Rows<float> result{own + target, width};
-    if (in.operation == AMAX)
-        for (int64_t r = 0; r < part.rows; ++r) *result[r] = largest_of(input[0][r], length);
-    else if (reduces)
-        for (int64_t r = 0; r < part.rows; ++r) *result[r] = sum_of(input[0][r], length) / (in.operation == MEAN ? static_cast<float>(length) : 1.0f);
-    else
-        compute(in.operation, {part.rows, length}, result, input[0], input[1], input[2]);
-    const bool is_written = in.value[MOST_TENSORS];
-    if (!is_written && out.type != BF16) return;
-    char* const data = is_written ? out.data + part.start(out) : nullptr;
+    const bool rounds = out.type == BF16 && !is_exact(in, inputs);
+    if (reduces) {
+        for (int64_t r = 0; r < part.rows; ++r) {
+            const float total = in.operation == AMAX ? largest_of(input[0][r], length) : sum_of(input[0][r], length);
+            const float value = in.operation == MEAN ? total / static_cast<float>(length) : total;
+            *result[r] = rounds ? round_half(value) : value;
+        }
+    } else {
+        compute(in.operation, {part.rows, length, rounds}, result, input[0], input[1], input[2]);
+    }
+    if (!in.value[MOST_TENSORS]) return;
+    char* const data = out.data + part.start(out);
     const int64_t row_step = part.step(out);
-    for (int64_t r = 0; r < part.rows; ++r) round_row(result[r], made, data ? data + r * row_step : nullptr, out.type, out.stride[dims]);
+    for (int64_t r = 0; r < part.rows; ++r) store_rounded(result[r], made, data + r * row_step, out.type, out.stride[dims]);
 }
 
 // A run of instructions on the same rows, see replay/fuse.py. Short rows are taken several at a time.
