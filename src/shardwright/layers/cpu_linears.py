@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,6 +18,9 @@ from shardwright.kernels.quantized_weight import QuantizedWeight
 from shardwright.layers.packed_linear import PackedLinear, pack_linears
 from shardwright.layers.quantized_linear import Quantized
 from shardwright.layers.upcast_linear import UpcastLinear, has_fast_half_products, upcast_linears
+
+LEAST_PRIORITY = 19
+"""As `nice` counts."""
 
 
 def replace_linears(module: nn.Module) -> None:
@@ -39,6 +44,8 @@ def keep_unpacked(module: nn.Module) -> Thread:
     linears = [weakref.ref(linear) for linear in module.modules() if isinstance(linear, PackedLinear)]
 
     def keep() -> None:
+        if sys.platform == "linux":  # where that is of one thread: those that compute a step come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
         for reference in linears:
             if (linear := reference()) is not None and threading.main_thread().is_alive():
                 linear.keep_unpacked()

@@ -43,7 +43,7 @@ from shardwright.worker.placement import ALONE, Peers, Placement
 from shardwright.worker.report import Allocation, ModelFacts, WorkerReport, local_groups, merged_groups
 from shardwright.worker.self_check import compare_logits, run_largest_step, stepwise_logits
 from shardwright.worker.step import StepModel, Tables
-from shardwright.worker.threads import one_thread
+from shardwright.worker.threads import threads_that_come
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def adapt(
         compute_dtype = torch.float32 if not has_fast_half_products() else blueprint.dtype
     loops = ExpertLoops(module)
     try:
-        with one_thread():
+        with threads_that_come():
             model = climb(
                 module,
                 num_positions=blueprint.max_model_len,
