@@ -50,7 +50,8 @@ def keep_unpacked(module: nn.Module) -> Thread:
             if (linear := reference()) is not None and threading.main_thread().is_alive():
                 linear.keep_unpacked()
 
-    # No daemon, as it may be the last to hold a linear (kernels/huge_pages.py says what would happen).
+    # No daemon: it may be the last to hold a linear, and Python, when it ends, ends daemons wherever they are, in the
+    # destructor of a tensor too. From there C++ lets no thread end without ending the process (std::terminate).
     thread = Thread(target=keep, name="unpack")
     thread.start()
     return thread

@@ -14,6 +14,7 @@ _REPEATS = 20
 _ROUNDS = 8
 """Together some 40 ms: a busy system leaves a thread alone for a few."""
 _CLEAR_S = 0.02
+"""So much more than twice the time of one thread, and no more rounds are needed."""
 
 
 @contextmanager
