@@ -119,6 +119,26 @@ def test_weights_that_nobody_holds_any_more_are_not_unpacked(monkeypatch: pytest
     assert len(unpacked) <= 1
 
 
+ENDS_BEFORE_ALL_ARE_UNPACKED = """
+import atexit, time
+from torch import nn
+from shardwright.layers.cpu_linears import keep_unpacked, replace_linears
+from shardwright.layers.packed_linear import PackedLinear
+
+unpacked = []
+PackedLinear.keep_unpacked = lambda linear: time.sleep(0.02) or unpacked.append(linear)
+module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(500))).bfloat16()
+replace_linears(module)
+keep_unpacked(module)
+atexit.register(lambda: print(len(unpacked)))
+"""
+
+
+def test_a_process_that_ends_does_not_wait_for_all_weights() -> None:
+    child = subprocess.run([sys.executable, "-c", ENDS_BEFORE_ALL_ARE_UNPACKED], capture_output=True, text=True)
+    assert 1 <= int(child.stdout) < 100, child.stderr
+
+
 ENDS_WHILE_A_WEIGHT_IS_GIVEN_BACK = """
 import threading, time, torch
 from torch import nn
