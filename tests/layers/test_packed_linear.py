@@ -131,6 +131,8 @@ module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(500))).bfloat16()
 replace_linears(module)
 keep_unpacked(module)
 atexit.register(lambda: print(len(unpacked)))
+while not unpacked:
+    time.sleep(0.001)
 """
 
 
