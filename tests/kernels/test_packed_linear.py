@@ -150,7 +150,7 @@ def test_no_inputs_give_the_bias(tokens: int) -> None:
     assert torch.equal(output, bias.expand(tokens, 8))
 
 
-@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("tokens", [5, 40, 150])
 def test_a_weight_is_multiplied_while_it_is_unpacked(tokens: int) -> None:
     outer, inner = 2000, 2048
     weight, x = trained(outer, inner), torch.randn(tokens, inner)

@@ -36,6 +36,7 @@ struct Compact {
     int64_t inner, panels;
     uint8_t* weight;
 
+    static Compact of(uint8_t* weight, int64_t outer, int64_t inner) { return {inner, (outer + PANEL - 1) / PANEL, weight}; }
     static int64_t panel_bytes(int64_t inner) { return TABLE_BYTES + inner / GROUP * GROUP_BYTES; }
     static int64_t room_apart(int64_t outer, int64_t inner) { return outer * inner / ELEMENTS_PER_APART; }
     static int64_t bytes(int64_t outer, int64_t inner) {
@@ -182,13 +183,13 @@ struct CompactProduct {
 
     // Where tokens read a weight that is kept unpacked beside it, those of that.
     Panels panels(int64_t inner, int64_t tokens) const {
-        const Compact all = whole(inner);
+        const Compact all = Compact::of(weight, outer, inner);
         if (const uint16_t* unpacked = unpacked_for(all, tokens)) return Product<uint16_t>{unpacked, outer}.panels(inner);
         return {reinterpret_cast<const char*>(weight), all.panels, Compact::panel_bytes(inner)};
     }
     Panels panels(const Tiles& tiles, const Arranged& inputs) const { return panels(inputs.inner, tiles.tokens); }
     void multiply(const Tiles& tiles, int64_t panel, int64_t tile, bool is_first, const Arranged& inputs, float* sums, const Ahead& ahead) const {
-        const Compact all = whole(inputs.inner);
+        const Compact all = Compact::of(weight, outer, inputs.inner);
         if (const uint16_t* unpacked = unpacked_for(all, tiles.tokens))
             return Product<uint16_t>{unpacked, outer}.multiply(tiles, panel, tile, is_first, inputs, sums, ahead);
         const int64_t inner = inputs.inner, first = tiles.start(tile), tokens = tiles.start(tile + 1) - first;
@@ -218,7 +219,6 @@ struct CompactProduct {
     }
 
 private:
-    Compact whole(int64_t inner) const { return {inner, (outer + PANEL - 1) / PANEL, weight}; }
     static const uint16_t* unpacked_for(const Compact& all, int64_t tokens) { return tokens > MOST_STRAIGHT ? all.unpacked() : nullptr; }
 };
 
@@ -270,7 +270,7 @@ inline void compress_panel(const uint16_t* rows, int64_t inner, uint8_t* panel, 
 
 // Whether the weight fits; what is written is of no use if not.
 inline bool compress(const uint16_t* weight, int64_t outer_stride, int64_t inner_stride, int64_t outer, int64_t inner, uint8_t* packed) {
-    const Compact all{inner, (outer + PANEL - 1) / PANEL, packed};
+    const Compact all = Compact::of(packed, outer, inner);
     std::vector<std::vector<Apart>> apart(all.panels);
     lead([&] {
         share(all.panels, true, [&](int64_t p) {

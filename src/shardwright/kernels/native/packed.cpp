@@ -54,7 +54,7 @@ extern "C" int64_t pack_compact(const uint16_t* weight, int64_t outer_stride, in
 
 // Keeps a weight unpacked too, as pack_weight makes it, so many bytes behind it. One thread does that, while others may multiply.
 extern "C" void keep_unpacked(uint8_t* packed, int64_t outer, int64_t inner, int64_t distance) {
-    unpack(Compact{inner, (outer + PANEL - 1) / PANEL, packed}, distance);
+    unpack(Compact::of(packed, outer, inner), distance);
 }
 
 // input [tokens, inner] and output [tokens, outer] of the same type, contiguous; bias [outer] float32 or null. The weight has numbers of 32,

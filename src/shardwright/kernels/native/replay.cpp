@@ -108,32 +108,35 @@ struct Extent {
     bool rounds = false;
 };
 
+// f(last), where last is what becomes of each result.
+template <typename F>
+inline void with_rounding(bool rounds, F f) {
+    if (rounds) f([](float value) { return round_half(value); });
+    else f([](float value) { return value; });
+}
+
 template <typename F>
 inline void each(Extent extent, Rows<float> out, Rows<const float> a, F f) {
-    const auto all = [&](auto last) __attribute__((always_inline)) {
+    with_rounding(extent.rounds, [&](auto last) __attribute__((always_inline)) {
         for (int64_t r = 0; r < extent.rows; ++r) {
             float* const to = out[r];
             const float* const x = a[r];
 #pragma GCC ivdep  // inputs may be the output, but do not lie across it
             for (int64_t i = 0; i < extent.count; ++i) to[i] = last(f(x[i]));
         }
-    };
-    if (extent.rounds) all([](float value) { return round_half(value); });
-    else all([](float value) { return value; });
+    });
 }
 
 template <typename F>
 inline void each(Extent extent, Rows<float> out, Rows<const float> a, Rows<const float> b, F f) {
-    const auto all = [&](auto last) __attribute__((always_inline)) {
+    with_rounding(extent.rounds, [&](auto last) __attribute__((always_inline)) {
         for (int64_t r = 0; r < extent.rows; ++r) {
             float* const to = out[r];
             const float *const x = a[r], *const y = b[r];
 #pragma GCC ivdep
             for (int64_t i = 0; i < extent.count; ++i) to[i] = last(f(x[i], y[i]));
         }
-    };
-    if (extent.rounds) all([](float value) { return round_half(value); });
-    else all([](float value) { return value; });
+    });
 }
 
 // out = the result of an operation on a, b and c, each of which may be out.
@@ -215,45 +218,48 @@ int merge(View* views, int count) {
     return dims;
 }
 
-// Elementwise, over the output's shape; inputs step by 0 where they are broadcast.
-void elementwise(int64_t operation, const View* tensors, int inputs) {
+// Calls f(places, steps, count) for pieces of rows of up to `most` numbers: where each tensor's begin, and how far apart its numbers are.
+// All have the first one's shape; inputs step by 0 where they are broadcast.
+template <typename F>
+void each_piece(const View* tensors, int tensor_count, int64_t most, const F& f) {
     View views[MOST_TENSORS];
-    for (int v = 0; v <= inputs; ++v) views[v] = tensors[v];
-    const int dims = merge(views, inputs + 1);
-    const int64_t length = views[0].size[dims - 1];
+    std::copy(tensors, tensors + tensor_count, views);
+    const int dims = merge(views, tensor_count);
+    const int64_t length = views[0].size[dims - 1], pieces = (length + most - 1) / most;
     int64_t outer = 1;
     for (int d = 0; d + 1 < dims; ++d) outer *= views[0].size[d];
-    const int64_t chunks = (length + CHUNK - 1) / CHUNK;
-    share(outer * chunks, outer * length >= WORTH_THREADS, [&](int64_t task) {
+    share(outer * pieces, outer * length >= WORTH_THREADS, [&](int64_t task) {
+        const int64_t start = task % pieces * most;
+        char* places[MOST_TENSORS];
+        int64_t steps[MOST_TENSORS];
+        for (int v = 0; v < tensor_count; ++v) {
+            steps[v] = views[v].stride[dims - 1];
+            const int64_t offset = offset_of(task / pieces, views[0].size, views[v].stride, dims - 1) + start * steps[v];
+            places[v] = views[v].data + offset * bytes(views[v].type);
+        }
+        f(places, steps, std::min(most, length - start));
+    });
+}
+
+// Elementwise, over the output's shape.
+void elementwise(int64_t operation, const View* tensors, int inputs) {
+    each_piece(tensors, inputs + 1, CHUNK, [&](char* const* places, const int64_t* steps, int64_t count) {
         alignas(64) float row[3][CHUNK];
-        const int64_t start = task % chunks * CHUNK, count = std::min(CHUNK, length - start);
-        int64_t offset[MOST_TENSORS];
-        for (int v = 0; v <= inputs; ++v)
-            offset[v] = offset_of(task / chunks, views[0].size, views[v].stride, dims - 1) + start * views[v].stride[dims - 1];
-        for (int v = 1; v <= inputs; ++v)
-            load_row(views[v].data + offset[v] * bytes(views[v].type), views[v].type, views[v].stride[dims - 1], count, row[v - 1]);
+        for (int v = 1; v <= inputs; ++v) load_row(places[v], tensors[v].type, steps[v], count, row[v - 1]);
         compute(operation, {1, count}, {row[0], 0}, {row[0], 0}, {row[1], 0}, {row[2], 0});
-        store_row(row[0], count, views[0].data + offset[0] * bytes(views[0].type), views[0].type, views[0].stride[dims - 1]);
+        store_row(row[0], count, places[0], tensors[0].type, steps[0]);
     });
 }
 
 // Copies numbers of the same type as they are.
 template <typename T>
 void move(const View& to, const View& from) {
-    View views[2] = {to, from};
-    const int dims = merge(views, 2);
-    const int64_t length = views[0].size[dims - 1], *const strides = views[0].stride;
-    const int64_t to_step = strides[dims - 1], from_step = views[1].stride[dims - 1];
-    int64_t outer = 1;
-    for (int d = 0; d + 1 < dims; ++d) outer *= views[0].size[d];
-    const int64_t chunk = std::min(length, WORTH_THREADS), chunks = (length + WORTH_THREADS - 1) / WORTH_THREADS;
-    share(outer * chunks, outer * length >= WORTH_THREADS, [&](int64_t task) {
-        const int64_t start = task % chunks * chunk, count = std::min(chunk, length - start);
-        T* const target = reinterpret_cast<T*>(to.data) + offset_of(task / chunks, views[0].size, strides, dims - 1) + start * to_step;
-        const T* const source =
-            reinterpret_cast<const T*>(from.data) + offset_of(task / chunks, views[0].size, views[1].stride, dims - 1) + start * from_step;
-        if (to_step == 1 && from_step == 1) std::memcpy(target, source, count * sizeof(T));
-        else for (int64_t i = 0; i < count; ++i) target[i * to_step] = source[i * from_step];
+    const View views[2] = {to, from};
+    each_piece(views, 2, WORTH_THREADS, [](char* const* places, const int64_t* steps, int64_t count) {
+        T* const target = reinterpret_cast<T*>(places[0]);
+        const T* const source = reinterpret_cast<const T*>(places[1]);
+        if (steps[0] == 1 && steps[1] == 1) std::memcpy(target, source, count * sizeof(T));
+        else for (int64_t i = 0; i < count; ++i) target[i * steps[0]] = source[i * steps[1]];
     });
 }
 
