@@ -31,6 +31,7 @@ FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=off",  # what is to be one rounding says so
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
@@ -51,6 +52,16 @@ def native_library(name: str) -> ctypes.CDLL | None:
         return _loaded(name)
 
 
+def generated_library(name: str, source: str) -> ctypes.CDLL | None:
+    """Source that was written for one model, compiled; None, with one warning, if it cannot be had here.
+
+    Args:
+        name: what the file is called, for people.
+        source: C++, which may include what lies in `native/`.
+    """
+    return _library(name, source.encode())
+
+
 def compile_ahead() -> None:
     """Have all libraries compiled, side by side, while the caller goes on; of use where they have not been yet."""
     for source in sorted(SOURCES.glob("*.cpp")):
@@ -59,34 +70,45 @@ def compile_ahead() -> None:
 
 @functools.cache
 def _loaded(name: str) -> ctypes.CDLL | None:
+    return _library(name, (SOURCES / f"{name}.cpp").read_bytes())
+
+
+def _library(name: str, source: bytes) -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("no C++ compiler found: native kernels are off, some steps are slower; install g++ to have them")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(SOURCES / f"{name}.cpp", compiler)))
+        return ctypes.CDLL(str(_compiled(name, source, compiler)))
     except (OSError, subprocess.SubprocessError) as exc:
-        detail = exc.stderr.decode(errors="replace") if isinstance(exc, subprocess.CalledProcessError) else str(exc)
-        first_line = (detail.strip().splitlines() or [type(exc).__name__])[0]
-        logger.warning("native kernels are off, some steps are slower: %s cannot be compiled: %s", name, first_line)
+        logger.warning("native kernels are off, some steps are slower: %s cannot be compiled: %s", name, _cause(exc))
         return None
 
 
-def _compiled(source: Path, compiler: str) -> Path:
-    """The shared library of a source file, compiled unless the cache has it. Raises OSError or SubprocessError."""
-    sources = [source.read_bytes(), *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
+def _cause(error: OSError | subprocess.SubprocessError) -> str:
+    """One line: of what a compiler says, the first that tells an error."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error) or type(error).__name__
+    lines = error.stderr.decode(errors="replace").strip().splitlines() or [str(error)]
+    return next((line for line in lines if "error:" in line), lines[0])
+
+
+def _compiled(name: str, source: bytes, compiler: str) -> Path:
+    """The shared library of a source, compiled unless the cache has it. Raises OSError or SubprocessError."""
+    sources = [source, *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
     with _locks[compiler]:
         version = _version(compiler)  # a process: started once, for all
     identity = b"\0".join([*sources, version, " ".join(FLAGS).encode(), _processor().encode()])
     directory = cache_directory() / "kernels"
-    library = directory / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    library = directory / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if library.exists():
         return library
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        compiled, linked = Path(temporary) / "kernel.o", Path(temporary) / "kernel.so"
+        written, compiled, linked = (Path(temporary) / f"kernel.{ending}" for ending in ("cpp", "o", "so"))
+        written.write_bytes(source)
         for command in (
-            [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)],
+            [compiler, *FLAGS, "-I", str(SOURCES), "-c", str(written), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked), *_openmp_flags()],
         ):
             subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)

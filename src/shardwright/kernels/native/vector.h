@@ -44,19 +44,28 @@ inline uint16_t narrow(float value) { return narrow_rounded(round_half(value)); 
 inline void store(float value, uint16_t* place) { *place = narrow(value); }
 inline void store(float value, float* place) { *place = value; }
 
+// a * b + c, rounded once where the machine does so in one operation; everything else is rounded one by one (kernels/jit.py).
+__attribute__((always_inline)) inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // exp by 2^n * e^r with |r| <= ln 2 / 2 and a polynomial for e^r (Cephes' expf), written so that compilers vectorise it, which takes
 // inlining: left to themselves they call it where it is used often. Returns e^r.
 __attribute__((always_inline)) inline float exponential_parts(float x, int32_t& whole) {
     const float n = std::nearbyint(x * 1.44269504f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x));
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    p = fused(p, r, 1.3981999507e-3f);
+    p = fused(p, r, 8.3334519073e-3f);
+    p = fused(p, r, 4.1665795894e-2f);
+    p = fused(p, r, 1.6666665459e-1f);
+    p = fused(p, r, 5.0000001201e-1f);
     whole = static_cast<int32_t>(n);
-    return p * r * r + r + 1.0f;
+    return fused(p * r, r, r) + 1.0f;
 }
 
 __attribute__((always_inline)) inline float power_of_two(int32_t exponent) {
@@ -91,10 +100,10 @@ constexpr int64_t ROW_LANES = 16;
 
 inline float sum_of(const float* row, int64_t length) {
     float lanes[ROW_LANES] = {0};
-    int64_t i = 0;
-    for (; i + ROW_LANES <= length; i += ROW_LANES)
+    const int64_t rest = length % ROW_LANES, whole = length - rest;
+    for (int64_t i = 0; i < whole; i += ROW_LANES)
         for (int64_t lane = 0; lane < ROW_LANES; ++lane) lanes[lane] += row[i + lane];
-    for (; i < length; ++i) lanes[i % ROW_LANES] += row[i];
+    for (int64_t lane = 0; lane < rest; ++lane) lanes[lane] += row[whole + lane];
     for (int64_t half = ROW_LANES / 2; half > 0; half /= 2)
         for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
     return lanes[0];
