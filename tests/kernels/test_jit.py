@@ -61,3 +61,21 @@ def test_what_is_compiled_ahead_is_there_when_it_is_asked_for(empty_cache: Path)
     assert library is not None
     assert library.answer() == 42
     assert [path.suffix for path in empty_cache.iterdir()] == [".so"]
+
+
+def test_what_was_written_for_a_model_may_include_what_kernels_do(empty_cache: Path) -> None:
+    (jit.SOURCES / "numbers.h").write_text("constexpr int NUMBER = 7;\n")
+    library = jit.generated_library("written", '#include "numbers.h"\nextern "C" int number() { return NUMBER; }\n')
+    assert library is not None
+    assert library.number() == 7
+    assert [path.name.split("-")[0] for path in empty_cache.glob("*.so")] == ["written"]
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_kernel_that_does_not_compile_is_named_with_the_error(caplog: pytest.LogCaptureFixture) -> None:
+    (jit.SOURCES / "wrong.h").write_text("int f() { return unknown; }\n")
+    assert jit.generated_library("wrong", '#include "wrong.h"\n') is None
+    (record,) = caplog.records
+    assert record.message.startswith("native wrong cannot be compiled, some steps are slower: ")
+    assert "error:" in record.message
+    assert "unknown" in record.message

@@ -59,7 +59,8 @@ def generated_library(name: str, source: str) -> ctypes.CDLL | None:
         name: what the file is called, for people.
         source: C++, which may include what lies in `native/`.
     """
-    return _library(name, source.encode())
+    with _locks[name]:
+        return _library(name, source.encode())
 
 
 def compile_ahead() -> None:
@@ -81,7 +82,7 @@ def _library(name: str, source: bytes) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_compiled(name, source, compiler)))
     except (OSError, subprocess.SubprocessError) as exc:
-        logger.warning("native kernels are off, some steps are slower: %s cannot be compiled: %s", name, _cause(exc))
+        logger.warning("native %s cannot be compiled, some steps are slower: %s", name, _cause(exc))
         return None
 
 
@@ -89,7 +90,8 @@ def _cause(error: OSError | subprocess.SubprocessError) -> str:
     """One line: of what a compiler says, the first that tells an error."""
     if not isinstance(error, subprocess.CalledProcessError):
         return str(error) or type(error).__name__
-    lines = error.stderr.decode(errors="replace").strip().splitlines() or [str(error)]
+    said: str = error.stderr.decode(errors="replace").strip() or str(error)
+    lines = said.splitlines()
     return next((line for line in lines if "error:" in line), lines[0])
 
 

@@ -25,8 +25,8 @@ ALIGNMENT = 16
 
 IN_MEMORY = -1
 _ONE = Affine(1)
-_REDUCTIONS = (Operation.SUM, Operation.MEAN, Operation.AMAX)
-_FUSIBLE = frozenset(range(Operation.COPY, Operation.WHERE + 1)) | set(_REDUCTIONS)
+REDUCTIONS = (Operation.SUM, Operation.MEAN, Operation.AMAX)
+_FUSIBLE = frozenset(range(Operation.COPY, Operation.WHERE + 1)) | set(REDUCTIONS)
 
 
 def fused(instructions: Sequence[Instruction], needed: Sequence[frozenset[int]]) -> list[Instruction]:
@@ -63,9 +63,14 @@ def used_at_once(instructions: Sequence[Instruction], uses: Sequence[frozenset[i
     """What each instruction uses, where those of a run use all that the run does: its rows are at different places."""
     result = list(uses)
     for place, instruction in enumerate(instructions):
-        count = instruction.values[-1] if instruction.operation in _FUSIBLE and instruction.values else 0
+        count = instruction.values[-1] if is_of_run(instruction) else 0
         result[place : place + count] = [frozenset().union(*uses[place : place + count])] * count
     return result
+
+
+def is_of_run(instruction: Instruction) -> bool:
+    """Whether it is part of a run; the last value of a run's first one is the number of its instructions."""
+    return instruction.operation in _FUSIBLE and bool(instruction.values)
 
 
 @dataclass(slots=True)
@@ -174,7 +179,7 @@ def _squeezed(instruction: Instruction) -> Instruction | None:
     output, *inputs = places = [place for place in instruction.tensors if place is not None]
     if not output.sizes or output.dtype not in FLOATS or any(len(p.sizes) != len(output.sizes) for p in inputs):
         return None
-    widest = inputs[0] if instruction.operation in _REDUCTIONS else output
+    widest = inputs[0] if instruction.operation in REDUCTIONS else output
     length = widest.sizes[-1]
     if length.slope or length.base > MOST_FEATURES or (output.strides[-1] != _ONE and output.sizes[-1] != _ONE):
         return None

@@ -19,6 +19,7 @@ from shardwright.errors import UnsupportedModelError
 from shardwright.kernels.jit import native_library
 from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
 from shardwright.replay.arena import plan_arena
+from shardwright.replay.compile_runs import FUNCTION, CompiledRuns, are_worth_compiling
 from shardwright.replay.fold import folded
 from shardwright.replay.fuse import fused, needed_after, used_at_once
 from shardwright.replay.instructions import (
@@ -107,6 +108,9 @@ class Program:
             for number in range(len(recording.storage_bytes))
         ]
         self._base, self._slope = encode(instructions, addresses)
+        self._compiled = CompiledRuns(instructions)
+        if are_worth_compiling(instructions):
+            self._compiled.begin()
         self._list = lru_cache(LISTS_KEPT)(self._make_list)
         self._logits = lru_cache(LISTS_KEPT)(partial(self._view, recording.output))
         self._bound = lru_cache(LISTS_KEPT * len(self._host))(self._bind_call)
@@ -155,6 +159,7 @@ class Program:
                     plan.first.ctypes.data,
                     plan.last.ctypes.data,
                 )
+        self.take_compiled()
         instructions = self._list(num_tokens, num_rows)
         count, done = len(instructions), 0
         while True:
@@ -171,6 +176,16 @@ class Program:
             is_of_rows = self._selection is not None and done > self._selection
             self._bound(done, num_rows if is_of_rows else num_tokens)()
             done += 1
+
+    def take_compiled(self, *, waits: bool = False) -> None:
+        """Carry out runs by functions of their own from now on, if these are compiled.
+
+        Args:
+            waits: whether to wait until they are.
+        """
+        for row, address in self._compiled.finish(waits=waits).items():
+            self._base[row, FUNCTION] = address
+            self._list.cache_clear()
 
     def listed(self, num_tokens: int) -> npt.NDArray[np.int64]:
         """The instructions of a step of so many tokens, all of whose logits are wanted; as `encode` has them."""

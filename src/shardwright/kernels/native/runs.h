@@ -93,9 +93,9 @@ void run_part(const Instruction& in, const Part& part, float* own, int64_t width
 
 // Calls f(part) for parts of all rows of a run, of up to `most` rows each.
 template <typename F>
-void each_part(const Instruction* run, int64_t most, bool is_worth, const F& f) {
+void each_part(const Instruction* run, int64_t rows, int64_t most, bool is_worth, const F& f) {
     const int64_t dims = run->tensor[0].dims - 1, *const size = run->tensor[0].size, inner = dims > 0 ? size[dims - 1] : 1;
-    const int64_t parts = (inner + most - 1) / most, outer = count_rows(run) / inner;
+    const int64_t parts = (inner + most - 1) / most, outer = rows / inner;
     share(outer * parts, is_worth, [&](int64_t task) {
         const int64_t first = task % parts * most;
         f(Part{task / parts * inner + first, std::min(most, inner - first), dims, size});
@@ -106,7 +106,7 @@ void each_part(const Instruction* run, int64_t most, bool is_worth, const F& f) 
 using Compiled = void (*)(char* const* places, const int64_t* steps, int64_t rows);
 constexpr int MOST_OPERANDS = 48;
 
-void run_compiled(const Instruction* run, Compiled function, int64_t count, bool is_worth) {
+void run_compiled(const Instruction* run, Compiled function, int64_t count, int64_t rows, bool is_worth) {
     const View* operands[MOST_OPERANDS];
     int num_operands = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -115,7 +115,7 @@ void run_compiled(const Instruction* run, Compiled function, int64_t count, bool
         if (run[i].value[MOST_TENSORS]) operands[num_operands++] = &run[i].tensor[0];
     }
     const int64_t pieces = own_team() ? own_team()->threads() * PIECES_PER_THREAD : 1;
-    each_part(run, (count_rows(run) + pieces - 1) / pieces, is_worth, [&](const Part& part) {
+    each_part(run, rows, (rows + pieces - 1) / pieces, is_worth, [&](const Part& part) {
         char* places[MOST_OPERANDS];
         int64_t steps[MOST_OPERANDS];
         for (int o = 0; o < num_operands; ++o) {
@@ -129,15 +129,16 @@ void run_compiled(const Instruction* run, Compiled function, int64_t count, bool
 // A run of instructions on the same rows. Short rows are taken several at a time.
 void run_rows(const Instruction* run) {
     const int64_t compiled = run->value[MOST_VALUES - 3], kept = run->value[MOST_VALUES - 2], count = run->value[MOST_VALUES - 1];
-    const int64_t dims = run->tensor[0].dims - 1;
+    const int64_t dims = run->tensor[0].dims - 1, rows = count_rows(run);
+    if (rows == 0) return;
     int64_t longest = 1;
     for (int64_t i = 0; i < count; ++i)
         for (int v = 0; v < 2; ++v) longest = std::max(longest, run[i].tensor[v].data ? run[i].tensor[v].size[dims] : 1);
-    const bool is_worth = count_rows(run) * longest * count >= WORTH_THREADS;
-    if (compiled) return run_compiled(run, reinterpret_cast<Compiled>(compiled), count, is_worth);
+    const bool is_worth = rows * longest * count >= WORTH_THREADS;
+    if (compiled) return run_compiled(run, reinterpret_cast<Compiled>(compiled), count, rows, is_worth);
     longest = (longest + ROW_LANES - 1) / ROW_LANES * ROW_LANES;
     const int64_t width = kept + 3 * longest, most = std::max<int64_t>(1, RUN_NUMBERS / width);
-    each_part(run, most, is_worth, [&](const Part& part) {
+    each_part(run, rows, most, is_worth, [&](const Part& part) {
         thread_local std::vector<float> scratch;
         float* const own = at_line(scratch, width * most);
         for (int64_t i = 0; i < count; ++i) run_part(run[i], part, own, width, kept, longest);
