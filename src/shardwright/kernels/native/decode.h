@@ -11,8 +11,9 @@ namespace {
 constexpr int KEYS = 4;   // at once
 constexpr int HEADS = 3;  // query heads at once: with as many keys, their sums and what they are made of fill 16 registers
 
-constexpr int64_t PIECE = 512;   // positions that are summed up by themselves: their keys and values stay in the cache for all heads
-constexpr int64_t FETCHED = 16;  // positions between what is computed with and what is fetched: their rows lie apart from each other
+constexpr int64_t PIECE = 512;        // positions that are summed up by themselves
+constexpr int64_t RUN = 16;           // positions whose values are summed up for one head after another: the nearest cache holds them
+constexpr int64_t FETCHED = 6 << 10;  // bytes of keys between those that are computed with and those that are fetched
 
 template <typename T>
 inline void fetch(const T* row, int64_t dim) {
@@ -22,15 +23,21 @@ inline void fetch(const T* row, int64_t dim) {
 // Numbers in the order in which load_two gives those of a row of T.
 template <typename T>
 inline void reorder(const T* from, float factor, int64_t dim, float* to) {
-    constexpr int64_t TWO = 2 * LANES;
     int64_t d = 0;
-    for (; is_bfloat16(from) && d + TWO <= dim; d += TWO)
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            to[d + lane] = widen(from[d + 2 * lane]) * factor;
-            to[d + LANES + lane] = widen(from[d + 2 * lane + 1]) * factor;
-        }
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+        Vector first, second;
+        load_two(from + d, first, second);
+        put(first * splat(factor), to + d);
+        put(second * splat(factor), to + d + LANES);
+    }
     for (; d < dim; ++d) to[d] = widen(from[d]) * factor;
 }
+
+// f(0) to f(COUNT - 1), of numbers that the compiler knows from the start, so that arrays of vectors are registers.
+template <typename F, int... I>
+__attribute__((always_inline)) inline void each_of(std::integer_sequence<int, I...>, const F& f) { (f(std::integral_constant<int, I>()), ...); }
+template <int COUNT, typename F>
+__attribute__((always_inline)) inline void times(const F& f) { each_of(std::make_integer_sequence<int, COUNT>(), f); }
 
 // The same pointer, of which the compiler does not know that: what it loads through it, it loads again, and registers are left for sums.
 template <typename P>
@@ -39,52 +46,59 @@ inline P* anew(P* pointer) {
     return pointer;
 }
 
-// Products of H reordered queries with KEYS keys, to scores[h * stride + key]. Never inlined: among other code the compiler runs out of registers.
+// Products of H reordered queries with KEYS keys, whose heads begin at `offset`, to scores[h * stride + key]. Never inlined: among other code
+// the compiler runs out of registers.
 template <int H, typename T>
-__attribute__((noinline)) void score(const T* const* keys, const float* query, int64_t dim, float* scores, int64_t stride) {
+__attribute__((noinline)) void score(const T* const* keys, int64_t offset, const float* query, int64_t dim, float* scores, int64_t stride) {
     Vector sums[KEYS][H];
-    for (int j = 0; j < KEYS; ++j)
-        for (int h = 0; h < H; ++h) sums[j][h] = splat(0.0f);
+    times<KEYS>([&](auto j) { times<H>([&](auto h) { sums[j][h] = splat(0.0f); }); });
     int64_t d = 0;
     for (; d + 2 * LANES <= dim; d += 2 * LANES)
-        for (int j = 0; j < KEYS; ++j) {
+        times<KEYS>([&](auto j) {
             Vector first, second;
-            load_two(keys[j] + d, first, second);
-            for (int h = 0; h < H; ++h) {
+            load_two(keys[j] + offset + d, first, second);
+            times<H>([&](auto h) {
                 sums[j][h] = fma(first, load(query + h * dim + d), sums[j][h]);
                 sums[j][h] = fma(second, load(query + h * dim + d + LANES), sums[j][h]);
-            }
-        }
-    for (int h = 0; h < H; ++h) sum_four(sums[0][h], sums[1][h], sums[2][h], sums[3][h], scores + h * stride);
+            });
+        });
+    times<H>([&](auto h) { sum_four(sums[0][h], sums[1][h], sums[2][h], sums[3][h], scores + h * stride); });
     for (; d < dim; ++d)
         for (int h = 0; h < H; ++h)
-            for (int j = 0; j < KEYS; ++j) scores[h * stride + j] += query[h * dim + d] * widen(keys[j][d]);
+            for (int j = 0; j < KEYS; ++j) scores[h * stride + j] += query[h * dim + d] * widen(keys[j][offset + d]);
 }
 
-// Weighted sums of rows of MIXED values for H heads: weights[h * stride + position], to out[h * out_stride].
+// Values of one head for `count` positions; the first `left` slots are those of its sequence, of which RUN more are fetched.
+template <typename T>
+struct Values {
+    const T* data;
+    int64_t stride;
+    const int64_t* slots;
+    int64_t count, left;
+    const T* row(int64_t i) const { return data + slots[i] * stride; }
+};
+
+// Weighted sums of rows of MIXED values for H heads, weights[h * stride + position], to out[h * out_stride], or on top of what is there.
 constexpr int64_t MIXED = 4 * LANES;
 template <int H, typename T>
-__attribute__((noinline)) void mix(const T* values, int64_t value_stride, const int64_t* slots, int64_t length, const float* weights,
-                                   int64_t stride, float* out, int64_t out_stride) {
+__attribute__((noinline)) void mix(const Values<T>& values, const float* weights, int64_t stride, bool goes_on, float* out, int64_t out_stride) {
     Vector sums[H][4];
-    for (int h = 0; h < H; ++h)
-        for (int v = 0; v < 4; ++v) sums[h][v] = splat(0.0f);
-    for (int64_t i = 0; i < length; ++i) {
-        const T* row = values + slots[i] * value_stride;
-        __builtin_prefetch(values + slots[std::min(i + FETCHED, length - 1)] * value_stride);
-        for (int half = 0; half < 2; ++half) {
+    times<H>([&](auto h) { times<4>([&](auto v) { sums[h][v] = goes_on ? load(out + h * out_stride + v * LANES) : splat(0.0f); }); });
+    for (int64_t i = 0; i < values.count; ++i) {
+        const T* const row = values.row(i);
+        if (i + RUN < values.left) fetch(values.row(i + RUN), MIXED);
+        times<2>([&](auto half) {
             Vector first, second;
             load_two(row + half * 2 * LANES, first, second);
             const float* const own = anew(weights);
-            for (int h = 0; h < H; ++h) {
+            times<H>([&](auto h) {
                 const Vector weight = splat(own[h * stride + i]);
                 sums[h][2 * half] = fma(weight, first, sums[h][2 * half]);
                 sums[h][2 * half + 1] = fma(weight, second, sums[h][2 * half + 1]);
-            }
-        }
+            });
+        });
     }
-    for (int h = 0; h < H; ++h)
-        for (int v = 0; v < 4; ++v) put(sums[h][v], out + h * out_stride + v * LANES);
+    times<H>([&](auto h) { times<4>([&](auto v) { put(sums[h][v], out + h * out_stride + v * LANES); }); });
 }
 
 // f(number of heads that the compiler knows, KV head, query head) for query heads of KV heads [from, to), some that share one at a time.
@@ -112,15 +126,9 @@ struct Partial {
 // Values in the order of load_two, to a row of T.
 template <typename T>
 inline void store_reordered(const float* from, float factor, int64_t dim, T* to) {
-    const int64_t whole = dim / MIXED * MIXED, step = is_bfloat16(to) ? 2 : 1, second = is_bfloat16(to) ? 1 : LANES;
-    for (int64_t d = 0; d < whole; d += 2 * LANES) {
-        float in_order[2 * LANES];
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            in_order[step * lane] = from[d + lane] * factor;
-            in_order[step * lane + second] = from[d + LANES + lane] * factor;
-        }
-        for (int64_t i = 0; i < 2 * LANES; ++i) store(in_order[i], to + d + i);
-    }
+    const int64_t whole = dim / MIXED * MIXED;
+    for (int64_t d = 0; d < whole; d += 2 * LANES)
+        put_two(load(from + d) * splat(factor), load(from + d + LANES) * splat(factor), to + d);
     for (int64_t d = whole; d < dim; ++d) store(from[d] * factor, to + d);
 }
 
@@ -138,7 +146,8 @@ inline void weigh_partly(const Shape& shape, const Extras& extras, int heads, fl
     }
 }
 
-// Positions [first, last] of one sequence and KV heads [from, to): what the query at position `own` makes of them.
+// Positions [first, last] of one sequence and KV heads [from, to): what the query at position `own` makes of them. Rows of the cache are read
+// from their beginnings to their ends, all heads of a position after each other, as memory gives them fastest.
 template <typename T>
 void decode(const Shape& shape, const T* query, const T* keys, const T* values, const int32_t* table, int64_t first, int64_t last,
             int64_t own, int64_t from, int64_t to, const Extras& extras, const Partial& partial) {
@@ -146,34 +155,42 @@ void decode(const Shape& shape, const T* query, const T* keys, const T* values, 
     thread_local std::vector<int64_t> slots;
     const int64_t dim = shape.key_dim, value_dim = shape.value_dim, length = last - first + 1;
     const int64_t stride = (length + KEYS + ROW_LANES - 1) / ROW_LANES * ROW_LANES;  // room for whole vectors
-    float *const scores = at_line(scratch, HEADS * (dim + stride)), *const wide = scores + HEADS * stride;
+    const int64_t first_head = from * shape.group, heads = (to - from) * shape.group;
+    const int64_t ahead = std::max<int64_t>(KEYS, FETCHED / ((to - from) * dim * static_cast<int64_t>(sizeof(T))));
+    float *const scores = at_line(scratch, heads * (stride + dim)), *const wide = scores + heads * stride;
     slots.resize(length);
     find_slots(shape, table, first, last, slots.data());
-    each_heads(shape, from, to, [&](auto some, int64_t kv, int64_t head) {
-        const T *const own_keys = keys + kv * dim, *const own_values = values + kv * value_dim;
-        for (int h = 0; h < some; ++h) reorder(query + (head + h) * dim, shape.scale, dim, wide + h * dim);
-        for (int64_t i = 0; i < length; i += KEYS) {
-            const T* rows[KEYS];
-            for (int j = 0; j < KEYS; ++j) {
-                rows[j] = own_keys + slots[std::min(i + j, length - 1)] * shape.key_stride;
-                const int64_t ahead = i + j + FETCHED;
-                if (ahead < length) fetch(own_keys + slots[ahead] * shape.key_stride, dim);
-                else if (ahead - length < length) fetch(own_values + slots[ahead - length] * shape.value_stride, value_dim);
-            }
-            score<some>(rows, wide, dim, scores + i, stride);
+    for (int64_t h = 0; h < heads; ++h) reorder(query + (first_head + h) * dim, shape.scale, dim, wide + h * dim);
+    for (int64_t i = 0; i < length; i += KEYS) {
+        const T* rows[KEYS];
+        for (int j = 0; j < KEYS; ++j) {
+            rows[j] = keys + slots[std::min(i + j, length - 1)] * shape.key_stride;
+            const int64_t next = i + j + ahead;
+            if (next < length) fetch(keys + slots[next] * shape.key_stride + from * dim, (to - from) * dim);
+            else if (next - length < length) fetch(values + slots[next - length] * shape.value_stride + from * value_dim, (to - from) * value_dim);
         }
-        weigh_partly(shape, extras.of(shape, head), some, scores, length, stride, own - first, partial.largest + head, partial.total + head);
-        float* const sums = partial.sums + head * value_dim;
-        int64_t d = 0;
-        for (; d + MIXED <= value_dim; d += MIXED)
-            mix<some>(own_values + d, shape.value_stride, slots.data(), length, scores, stride, sums + d, value_dim);
-        for (; d < value_dim; ++d)
-            for (int h = 0; h < some; ++h) {
-                float sum = 0.0f;
-                for (int64_t i = 0; i < length; ++i) sum += scores[h * stride + i] * widen(own_values[slots[i] * shape.value_stride + d]);
-                sums[h * value_dim + d] = sum;
-            }
+        each_heads(shape, from, to, [&](auto some, int64_t kv, int64_t head) {
+            score<some>(rows, kv * dim, wide + (head - first_head) * dim, dim, scores + (head - first_head) * stride + i, stride);
+        });
+    }
+    each_heads(shape, from, to, [&](auto some, int64_t, int64_t head) {
+        weigh_partly(shape, extras.of(shape, head), some, scores + (head - first_head) * stride, length, stride, own - first,
+                     partial.largest + head, partial.total + head);
     });
+    for (int64_t i = 0; i < length; i += RUN)
+        each_heads(shape, from, to, [&](auto some, int64_t kv, int64_t head) {
+            Values<T> run{values + kv * value_dim, shape.value_stride, slots.data() + i, std::min(RUN, length - i), length - i};
+            const float* const weights = scores + (head - first_head) * stride + i;
+            float* const sums = partial.sums + head * value_dim;
+            int64_t d = 0;
+            for (; d + MIXED <= value_dim; d += MIXED, run.data += MIXED) mix<some>(run, weights, stride, i > 0, sums + d, value_dim);
+            for (; d < value_dim; ++d, ++run.data)
+                for (int h = 0; h < some; ++h) {
+                    float sum = i > 0 ? sums[h * value_dim + d] : 0.0f;
+                    for (int64_t k = 0; k < run.count; ++k) sum += weights[h * stride + k] * widen(*run.row(k));
+                    sums[h * value_dim + d] = sum;
+                }
+        });
 }
 
 // Brings `count` partial results of one query together, for heads [from, to).

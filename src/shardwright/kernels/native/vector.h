@@ -184,6 +184,13 @@ inline float sum(Vector v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 
+// As for one number.
+inline Bits round_half(Vector value) {
+    const Bits bits = (Bits)value, nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Bits is_number = (Bits)(value == value);
+    return ((nearest & is_number) | ((bits | 0x400000u) & ~is_number)) & 0xffff0000u;
+}
+
 // Two vectors of neighbouring numbers: of bfloat16, those at even places and those at odd ones, which takes no more than a shift and a mask.
 inline void widen_two(Bits both, Vector& even, Vector& odd) {
     even = (Vector)(both << 16);
@@ -197,6 +204,16 @@ inline void load_two(const uint16_t* p, Vector& even, Vector& odd) {
     Bits both;
     std::memcpy(&both, p, sizeof both);
     widen_two(both, even, odd);
+}
+
+// As load_two gives them, rounded where they are stored in fewer bits.
+inline void put_two(Vector first, Vector second, float* p) {
+    put(first, p);
+    put(second, p + LANES);
+}
+inline void put_two(Vector even, Vector odd, uint16_t* p) {
+    const Bits both = (round_half(even) >> 16) | round_half(odd);
+    std::memcpy(p, &both, sizeof both);
 }
 
 // Lane i of the result is lane i of a, or where STEP is in i, lane i - STEP of b; and lane i + STEP of a, or lane i of b.
