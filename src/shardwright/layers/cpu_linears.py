@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,15 +10,13 @@ from threading import Thread
 
 from torch import nn
 
+from shardwright.kernels.background import give_way
 from shardwright.kernels.huge_pages import release
 from shardwright.kernels.packed_linear import is_available
 from shardwright.kernels.quantized_weight import QuantizedWeight
 from shardwright.layers.packed_linear import PackedLinear, pack_linears
 from shardwright.layers.quantized_linear import Quantized
 from shardwright.layers.upcast_linear import UpcastLinear, has_fast_half_products, upcast_linears
-
-LEAST_PRIORITY = 19
-"""As `nice` counts."""
 
 
 def replace_linears(module: nn.Module) -> None:
@@ -44,8 +40,7 @@ def keep_unpacked(module: nn.Module) -> Thread:
     linears = [weakref.ref(linear) for linear in module.modules() if isinstance(linear, PackedLinear)]
 
     def keep() -> None:
-        if sys.platform == "linux":  # where that is of one thread: those that compute a step come first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+        give_way()
         for reference in linears:
             if (linear := reference()) is not None and threading.main_thread().is_alive():
                 linear.keep_unpacked()

@@ -9,9 +9,6 @@ in the background, and steps that come before are carried out operation by opera
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +16,7 @@ from threading import Thread
 
 import torch
 
+from shardwright.kernels.background import give_way
 from shardwright.kernels.jit import generated_library
 from shardwright.replay.affine import Place
 from shardwright.replay.fuse import IN_MEMORY, REDUCTIONS, is_of_run
@@ -30,8 +28,6 @@ MOST_OPERANDS = 48
 """As in native/runs.h."""
 WORTH_COMPILING = 1 << 16
 """Numbers that runs make in a step of one token: with fewer, other things take longer."""
-LEAST_PRIORITY = 19
-"""As `nice` counts."""
 
 _TYPES = {
     torch.float32: "float",
@@ -96,8 +92,7 @@ class CompiledRuns:
         return {row: addresses[name] for row, name in self._names.items()}
 
     def _compile(self) -> None:
-        if sys.platform == "linux":  # where that is of one thread, and of the compiler that it starts
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+        give_way()
         self._library = generated_library("runs", self.source)
 
 
