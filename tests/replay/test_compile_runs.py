@@ -85,6 +85,20 @@ def test_what_models_are_made_of_gives_the_same_bits(dtype: torch.dtype) -> None
     assert assert_same_bits(function, table_of(dtype), 1, 5, 37) >= 10
 
 
+def test_a_row_may_be_changed_by_a_number_of_its_own() -> None:
+    def function(x: Tensor, _: Tensor) -> Tensor:
+        x = x * 1.5
+        x *= x[:, :1]
+        return x + 1
+
+    table, inputs = table_of(torch.float32), inputs_of(6)
+    program = program_of(function, table)
+    program.take_compiled(waits=True)
+    x = features(inputs, table) * 1.5
+    assert num_functions(program) > 0
+    torch.testing.assert_close(program.run(inputs), x * x[:, :1] + 1)
+
+
 def test_layers_that_are_alike_share_a_function() -> None:
     def function(x: Tensor, positions: Tensor) -> Tensor:
         for _ in range(4):

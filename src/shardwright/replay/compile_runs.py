@@ -156,7 +156,8 @@ def _lines(instruction: Instruction, places: Sequence[Place], operands: _Operand
             given.append(f"in.numbers<{_TYPES[place.dtype]}, {step}>({operands.next()})")
         else:
             given.append(f"Numbers<float, {step}>{{kept + {source}}}")
-            is_aside |= source != target and source < target + made and target < source + (length if step else 1)
+            overlaps = source < target + made and target < source + (length if step else 1)
+            is_aside |= overlaps and (source != target or step == 0)
     call = "reduce" if operation in REDUCTIONS else "each_aside" if is_aside else "each"
     arguments = ", ".join([f"kept + {target}", *given])
     lines = [f"{call}<{operation.name}, {length}, {str(rounds).lower()}>({arguments});"]

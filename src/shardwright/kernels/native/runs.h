@@ -114,7 +114,7 @@ void run_compiled(const Instruction* run, Compiled function, int64_t count, int6
             if (run[i].value[v] < 0) operands[num_operands++] = &run[i].tensor[v];
         if (run[i].value[MOST_TENSORS]) operands[num_operands++] = &run[i].tensor[0];
     }
-    const int64_t pieces = own_team() ? own_team()->threads() * PIECES_PER_THREAD : 1;
+    const int64_t pieces = own_team() && is_worth ? own_team()->threads() * PIECES_PER_THREAD : 1;
     each_part(run, rows, (rows + pieces - 1) / pieces, is_worth, [&](const Part& part) {
         char* places[MOST_OPERANDS];
         int64_t steps[MOST_OPERANDS];
