@@ -36,7 +36,7 @@ def test_the_kernel_compiles_here() -> None:
     ),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    dims=st.tuples(st.integers(1, 40) | st.just(64), st.integers(1, 40) | st.just(80)),
+    dims=st.tuples(st.integers(1, 40) | st.just(64), st.integers(1, 40) | st.sampled_from([80, 160])),
     block_size=st.integers(1, 8),
     visibility=st.sampled_from(VISIBILITIES),
     softcap=st.sampled_from([None, 3.0]),
@@ -95,3 +95,20 @@ def test_equals_the_reference(
         outputs.append(backend.forward(query, keys, values, layer, plan, params).float())
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(outputs[0], outputs[1], rtol=tolerance, atol=tolerance)
+
+
+def test_a_mean_of_two_values_is_rounded_to_the_nearest_even() -> None:
+    """Scores of a query of zeros are all the same, and the sum of two such values is exact in float32."""
+    layers = [LayerSpec("layer", 3, 1, 8, 165, Visibility())]
+    cache = KVCache(layers, group_layers(layers), num_blocks=1, block_size=4, dtype=torch.bfloat16, device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 1, 8, generator=generator).bfloat16()
+    values = (torch.randn(2, 1, 165, generator=generator) * 4).bfloat16()
+    cache.layers[0].write(torch.tensor([4, 5]), keys, values)
+    backend = NativeBackend(BatchedBackend(block_size=4, device=CPU, compute_dtype=torch.float32))
+    layout = StepLayout(np.array([1]), np.array([1]), np.array([0, 1]))
+    plan = backend.prepare(layout, np.array([[1]], dtype=np.int32), Visibility())
+    query = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
+    output = backend.forward(query, keys[1:], values[1:], cache.layers[0], plan, AttentionParams(scale=1.0))
+    mean = (values.float().sum(0) * 0.5).bfloat16()
+    assert torch.equal(output.view(3, 165), mean.expand(3, 165))

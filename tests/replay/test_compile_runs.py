@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.replay.functions import Function, features, inputs_of, program_of, table_of
+from tests.replay import functions
+from tests.replay.functions import Function, features, inputs_of, table_of
 from tests.replay.test_fuse import STEPS
 from tests.replay.test_program import FUNCTIONS, rms_norm, rotary
 from torch import Tensor
@@ -22,11 +25,20 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled() -> object:
-    """Small programs are worth it, too."""
+def small_programs_are_worth_it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """And what is compiled for them goes with the tests."""
+    assert native_library("replay") is not None  # from the cache that is there
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_runs, "WORTH_COMPILING", 0)
+        patch.setenv("SHARDWRIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def program_of(function: Function, table: Tensor) -> Program:
+    """Its runs are being compiled."""
+    program = functions.program_of(function, table)
+    program.compile_runs()
+    return program
 
 
 def num_functions(program: Program) -> int:
@@ -36,8 +48,7 @@ def num_functions(program: Program) -> int:
 
 def assert_same_bits(function: Function, table: Tensor, *steps: int) -> int:
     """For steps of so many tokens. Returns how many functions there were."""
-    compiled, interpreted = program_of(function, table), program_of(function, table)
-    interpreted._compiled.finish(waits=True)  # and not taken
+    compiled, interpreted = program_of(function, table), functions.program_of(function, table)
     compiled.take_compiled(waits=True)
     assert num_functions(interpreted) == 0
     whole = torch.int32 if table.dtype is torch.float32 else torch.int16
@@ -70,11 +81,17 @@ def test_random_runs_give_the_same_bits(steps: list[tuple[str, int]], tokens: in
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_runs_of_no_rows_do_nothing(is_compiled: bool) -> None:
-    program = program_of(lambda x, _: STEPS["shift in place"](x.clone(), x) * 2 + 1, table_of(torch.float32))
-    if is_compiled:
-        program.take_compiled(waits=True)
+    made_by = program_of if is_compiled else functions.program_of
+    program = made_by(lambda x, _: STEPS["shift in place"](x.clone(), x) * 2 + 1, table_of(torch.float32))
+    program.take_compiled(waits=True)
     inputs = inputs_of(1)
     torch.testing.assert_close(program.run(inputs), features(inputs, table_of(torch.float32)) * 4 + 1)
+
+
+@pytest.mark.parametrize("limit", ["MOST_OPERANDS", "MOST_KEPT"])
+def test_what_is_too_much_for_a_function_is_carried_out_one_by_one(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(compile_runs, limit, 1)
+    assert assert_same_bits(rotary, table_of(torch.bfloat16), 5) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,6 +116,18 @@ def test_a_row_may_be_changed_by_a_number_of_its_own() -> None:
     torch.testing.assert_close(program.run(inputs), x * x[:, :1] + 1)
 
 
+def test_functions_are_taken_by_the_step_after_they_are_there() -> None:
+    table, inputs = table_of(torch.bfloat16), inputs_of(4)
+    program = functions.program_of(rms_norm, table)
+    before = program.run(inputs).clone()
+    assert not program._list(4, 4)[:, FUNCTION].any()
+    program.compile_runs()
+    assert program._compiled._thread is not None
+    program._compiled._thread.join()
+    assert torch.equal(program.run(inputs), before)
+    assert program._list(4, 4)[:, FUNCTION].any()
+
+
 def test_layers_that_are_alike_share_a_function() -> None:
     def function(x: Tensor, positions: Tensor) -> Tensor:
         for _ in range(4):
@@ -117,11 +146,6 @@ def test_few_operations_are_not_worth_compiling(monkeypatch: pytest.MonkeyPatch)
     program = program_of(rms_norm, table_of(torch.float32))
     program.take_compiled(waits=True)
     assert num_functions(program) == 0
-
-
-def test_runs_of_too_many_tensors_are_carried_out_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_runs, "MOST_OPERANDS", 1)
-    assert assert_same_bits(rotary, table_of(torch.bfloat16), 5) == 0
 
 
 def test_steps_go_on_without_functions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=off",  # what is to be one rounding says so
+    "-ffp-contract=off",  # numbers are those that the source says, whatever stands beside it
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
@@ -60,7 +60,7 @@ def generated_library(name: str, source: str) -> ctypes.CDLL | None:
         source: C++, which may include what lies in `native/`.
     """
     with _locks[name]:
-        return _library(name, source.encode())
+        return _library(name, source.encode(), timeout_s=None)  # nobody waits, and others may have the cores
 
 
 def compile_ahead() -> None:
@@ -71,16 +71,16 @@ def compile_ahead() -> None:
 
 @functools.cache
 def _loaded(name: str) -> ctypes.CDLL | None:
-    return _library(name, (SOURCES / f"{name}.cpp").read_bytes())
+    return _library(name, (SOURCES / f"{name}.cpp").read_bytes(), timeout_s=COMPILE_TIMEOUT_S)
 
 
-def _library(name: str, source: bytes) -> ctypes.CDLL | None:
+def _library(name: str, source: bytes, *, timeout_s: float | None) -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("no C++ compiler found: native kernels are off, some steps are slower; install g++ to have them")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(name, source, compiler)))
+        return ctypes.CDLL(str(_compiled(name, source, compiler, timeout_s)))
     except (OSError, subprocess.SubprocessError) as exc:
         logger.warning("native %s cannot be compiled, some steps are slower: %s", name, _cause(exc))
         return None
@@ -95,7 +95,7 @@ def _cause(error: OSError | subprocess.SubprocessError) -> str:
     return next((line for line in lines if "error:" in line), lines[0])
 
 
-def _compiled(name: str, source: bytes, compiler: str) -> Path:
+def _compiled(name: str, source: bytes, compiler: str, timeout_s: float | None) -> Path:
     """The shared library of a source, compiled unless the cache has it. Raises OSError or SubprocessError."""
     sources = [source, *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
     with _locks[compiler]:
@@ -113,7 +113,7 @@ def _compiled(name: str, source: bytes, compiler: str) -> Path:
             [compiler, *FLAGS, "-I", str(SOURCES), "-c", str(written), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked), *_openmp_flags()],
         ):
-            subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
+            subprocess.run(command, capture_output=True, check=True, timeout=timeout_s)
         linked.replace(library)  # atomic: another process may do the same
     return library
 

@@ -2,8 +2,8 @@
 
 What is a number here, the length of a row or where it is kept, is one for the compiler too: it unrolls loops and keeps
 numbers in registers, where native/runs.h goes through memory from one operation to the next. Both compute the same, bit
-by bit. Layers that are alike share their functions. Compiling takes seconds, once for a model on a machine: it is done
-in the background, and steps that come before are carried out operation by operation.
+by bit. Layers that are alike share their functions. Compiling takes a second on an idle machine, once for a model: it
+is done in the background, and steps that come before are carried out operation by operation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from shardwright.kernels.background import give_way
 from shardwright.kernels.jit import generated_library
 from shardwright.replay.affine import Place
 from shardwright.replay.fuse import IN_MEMORY, REDUCTIONS, is_of_run
-from shardwright.replay.instructions import MOST_TENSORS, MOST_VALUES, Instruction, Operation
+from shardwright.replay.instructions import MOST_TENSORS, MOST_VALUES, Instruction
 
 FUNCTION = 1 + MOST_VALUES - 3
 """Column of an encoded run's first instruction that has its function's address."""
 MOST_OPERANDS = 48
-"""As in native/runs.h."""
+"""As in native/operations.h, which the compiler makes sure of."""
+MOST_KEPT = 1 << 15
+"""Numbers that a function has on its stack; rows that are longer gain little."""
 WORTH_COMPILING = 1 << 16
 """Numbers that runs make in a step of one token: with fewer, other things take longer."""
 
@@ -37,16 +39,6 @@ _TYPES = {
     torch.bool: "uint8_t",
     torch.uint8: "uint8_t",
 }
-_EXACT = {
-    Operation.COPY,
-    Operation.NEG,
-    Operation.ABS,
-    Operation.RELU,
-    Operation.MAXIMUM,
-    Operation.MINIMUM,
-    Operation.AMAX,
-}
-"""As `is_exact` in native/operations.h."""
 
 
 class CompiledRuns:
@@ -70,12 +62,14 @@ class CompiledRuns:
         self._thread: Thread | None = None
 
     def begin(self) -> None:
-        """Have them compiled, in the background."""
+        """Have them compiled, in the background, if there are any."""
+        if not self._names:
+            return
         # A daemon holds no tensors, and may be ended anywhere
         self._thread = Thread(target=self._compile, name="compile-runs", daemon=True)
         self._thread.start()
 
-    def finish(self, *, waits: bool = False) -> dict[int, int]:
+    def take(self, *, waits: bool = False) -> dict[int, int]:
         """Addresses of functions, by the number of a run's first instruction; told once, when all are there.
 
         Args:
@@ -128,7 +122,9 @@ class _Operands:
 
 
 def _body(run: Sequence[Instruction]) -> str | None:
-    """What is done with one row; None if some size is another for every number of tokens, or there are too many."""
+    """What is done with one row; None if a size hangs on the number of tokens, or if it is too much for a function."""
+    if run[0].values[-2] > MOST_KEPT:
+        return None
     operands = _Operands()
     lines = ["const Row in{places, steps, row};", f"alignas(LINE) float kept[{run[0].values[-2]}];"]
     for instruction in run:
@@ -138,6 +134,7 @@ def _body(run: Sequence[Instruction]) -> str | None:
         lines += _lines(instruction, places, operands)
     if operands.count > MOST_OPERANDS:
         return None
+    lines.append(f"static_assert({operands.count} <= MOST_OPERANDS);")
     return "\n".join(f"        {line}" for line in lines)
 
 
@@ -147,8 +144,10 @@ def _lines(instruction: Instruction, places: Sequence[Place], operands: _Operand
     target, *sources = instruction.values[: len(places)]
     length = inputs[0].sizes[-1].base
     made = 1 if operation in REDUCTIONS else length
-    is_half = output.dtype is torch.bfloat16
-    rounds = is_half and not (operation in _EXACT and all(place.dtype is torch.bfloat16 for place in inputs))
+    rounds = "false"
+    if output.dtype is torch.bfloat16:
+        is_all_half = all(place.dtype is torch.bfloat16 for place in inputs)
+        rounds = f"!is_exact({operation.name})" if is_all_half else "true"
     given, is_aside = [], False
     for place, source in zip(inputs, sources, strict=True):
         step = place.strides[-1].base
@@ -160,7 +159,7 @@ def _lines(instruction: Instruction, places: Sequence[Place], operands: _Operand
             is_aside |= overlaps and (source != target or step == 0)
     call = "reduce" if operation in REDUCTIONS else "each_aside" if is_aside else "each"
     arguments = ", ".join([f"kept + {target}", *given])
-    lines = [f"{call}<{operation.name}, {length}, {str(rounds).lower()}>({arguments});"]
+    lines = [f"{call}<{operation.name}, {length}, {rounds}>({arguments});"]
     if instruction.values[MOST_TENSORS]:
         start = f"in.start<{_TYPES[output.dtype]}>({operands.next()})"
         lines.append(f"write<{made}, {output.strides[-1].base}>(kept + {target}, {start});")

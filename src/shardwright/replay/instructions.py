@@ -20,7 +20,7 @@ from shardwright.errors import UnsupportedModelError
 from shardwright.replay.affine import Affine, Place
 
 MOST_DIMS, MOST_TENSORS, MOST_VALUES = 6, 4, 12
-"""As in native/replay.cpp."""
+"""As in native/instructions.h."""
 TENSOR_WIDTH = 3 + 2 * MOST_DIMS
 WIDTH = 1 + MOST_VALUES + MOST_TENSORS * TENSOR_WIDTH
 
@@ -29,7 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 
 class Operation(IntEnum):
-    """What native/replay.cpp can do, numbered as there."""
+    """What native/replay.cpp can do, numbered as in native/operations.h."""
 
     HOST = 0
     COPY = auto()

@@ -109,8 +109,7 @@ class Program:
         ]
         self._base, self._slope = encode(instructions, addresses)
         self._compiled = CompiledRuns(instructions)
-        if are_worth_compiling(instructions):
-            self._compiled.begin()
+        self._is_worth_compiling = are_worth_compiling(instructions)
         self._list = lru_cache(LISTS_KEPT)(self._make_list)
         self._logits = lru_cache(LISTS_KEPT)(partial(self._view, recording.output))
         self._bound = lru_cache(LISTS_KEPT * len(self._host))(self._bind_call)
@@ -177,13 +176,18 @@ class Program:
             self._bound(done, num_rows if is_of_rows else num_tokens)()
             done += 1
 
+    def compile_runs(self) -> None:
+        """Have runs compiled in the background, if they are enough of a step; `run` takes them when they are there."""
+        if self._is_worth_compiling:
+            self._compiled.begin()
+
     def take_compiled(self, *, waits: bool = False) -> None:
         """Carry out runs by functions of their own from now on, if these are compiled.
 
         Args:
             waits: whether to wait until they are.
         """
-        for row, address in self._compiled.finish(waits=waits).items():
+        for row, address in self._compiled.take(waits=waits).items():
             self._base[row, FUNCTION] = address
             self._list.cache_clear()
 

@@ -348,7 +348,8 @@ def _record(model: PackedModel, blueprint: Blueprint, config: EngineConfig) -> N
         most_tokens=sizes.max_num_batched_tokens,
         most_rows=sizes.max_num_seqs + num_guesses,
     )
-    if problem is None:
+    if problem is None and model.program is not None:
+        model.program.compile_runs()
         logger.debug("steps are recorded, and carried out natively")
     else:
         logger.info("steps run the model's own code: %s", problem)

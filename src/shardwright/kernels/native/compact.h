@@ -172,7 +172,10 @@ __attribute__((noinline)) void multiply_straight(const uint8_t* panel, const Apa
     }
     put_sums(sums, out, PANEL);
     for (; apart < end; ++apart)
-        for (int t = 0; t < T; ++t) out[t * PANEL + apart->place % PANEL] += apart->value * input[apart->place / PANEL * T + t];
+        for (int t = 0; t < T; ++t) {
+            float& sum = out[t * PANEL + apart->place % PANEL];
+            sum = fused(apart->value, input[apart->place / PANEL * T + t], sum);
+        }
 }
 
 // A packed weight of bfloat16 in 12 bits.

@@ -12,7 +12,7 @@ constexpr int KEYS = 4;   // at once
 constexpr int HEADS = 3;  // query heads at once: with as many keys, their sums and what they are made of fill 16 registers
 
 constexpr int64_t PIECE = 512;        // positions that are summed up by themselves
-constexpr int64_t RUN = 16;           // positions whose values are summed up for one head after another: the nearest cache holds them
+constexpr int64_t AT_ONCE = 16;       // positions whose values are summed up for one head after another: the nearest cache holds them
 constexpr int64_t FETCHED = 6 << 10;  // bytes of keys between those that are computed with and those that are fetched
 
 template <typename T>
@@ -35,9 +35,9 @@ inline void reorder(const T* from, float factor, int64_t dim, float* to) {
 
 // f(0) to f(COUNT - 1), of numbers that the compiler knows from the start, so that arrays of vectors are registers.
 template <typename F, int... I>
-__attribute__((always_inline)) inline void each_of(std::integer_sequence<int, I...>, const F& f) { (f(std::integral_constant<int, I>()), ...); }
+__attribute__((always_inline)) inline void with_numbers(std::integer_sequence<int, I...>, const F& f) { (f(std::integral_constant<int, I>()), ...); }
 template <int COUNT, typename F>
-__attribute__((always_inline)) inline void times(const F& f) { each_of(std::make_integer_sequence<int, COUNT>(), f); }
+__attribute__((always_inline)) inline void times(const F& f) { with_numbers(std::make_integer_sequence<int, COUNT>(), f); }
 
 // The same pointer, of which the compiler does not know that: what it loads through it, it loads again, and registers are left for sums.
 template <typename P>
@@ -65,10 +65,13 @@ __attribute__((noinline)) void score(const T* const* keys, int64_t offset, const
     times<H>([&](auto h) { sum_four(sums[0][h], sums[1][h], sums[2][h], sums[3][h], scores + h * stride); });
     for (; d < dim; ++d)
         for (int h = 0; h < H; ++h)
-            for (int j = 0; j < KEYS; ++j) scores[h * stride + j] += query[h * dim + d] * widen(keys[j][offset + d]);
+            for (int j = 0; j < KEYS; ++j) {
+                float& score = scores[h * stride + j];
+                score = fused(query[h * dim + d], widen(keys[j][offset + d]), score);
+            }
 }
 
-// Values of one head for `count` positions; the first `left` slots are those of its sequence, of which RUN more are fetched.
+// Values of one head for `count` positions; the first `left` slots are those of its sequence, of which AT_ONCE more are fetched.
 template <typename T>
 struct Values {
     const T* data;
@@ -86,7 +89,7 @@ __attribute__((noinline)) void mix(const Values<T>& values, const float* weights
     times<H>([&](auto h) { times<4>([&](auto v) { sums[h][v] = goes_on ? load(out + h * out_stride + v * LANES) : splat(0.0f); }); });
     for (int64_t i = 0; i < values.count; ++i) {
         const T* const row = values.row(i);
-        if (i + RUN < values.left) fetch(values.row(i + RUN), MIXED);
+        if (i + AT_ONCE < values.left) fetch(values.row(i + AT_ONCE), MIXED);
         times<2>([&](auto half) {
             Vector first, second;
             load_two(row + half * 2 * LANES, first, second);
@@ -177,17 +180,18 @@ void decode(const Shape& shape, const T* query, const T* keys, const T* values, 
         weigh_partly(shape, extras.of(shape, head), some, scores + (head - first_head) * stride, length, stride, own - first,
                      partial.largest + head, partial.total + head);
     });
-    for (int64_t i = 0; i < length; i += RUN)
+    for (int64_t i = 0; i < length; i += AT_ONCE)
         each_heads(shape, from, to, [&](auto some, int64_t kv, int64_t head) {
-            Values<T> run{values + kv * value_dim, shape.value_stride, slots.data() + i, std::min(RUN, length - i), length - i};
+            Values<T> some_values{values + kv * value_dim, shape.value_stride, slots.data() + i, std::min(AT_ONCE, length - i), length - i};
             const float* const weights = scores + (head - first_head) * stride + i;
             float* const sums = partial.sums + head * value_dim;
             int64_t d = 0;
-            for (; d + MIXED <= value_dim; d += MIXED, run.data += MIXED) mix<some>(run, weights, stride, i > 0, sums + d, value_dim);
-            for (; d < value_dim; ++d, ++run.data)
+            for (; d + MIXED <= value_dim; d += MIXED, some_values.data += MIXED)
+                mix<some>(some_values, weights, stride, i > 0, sums + d, value_dim);
+            for (; d < value_dim; ++d, ++some_values.data)
                 for (int h = 0; h < some; ++h) {
                     float sum = i > 0 ? sums[h * value_dim + d] : 0.0f;
-                    for (int64_t k = 0; k < run.count; ++k) sum += weights[h * stride + k] * widen(*run.row(k));
+                    for (int64_t k = 0; k < some_values.count; ++k) sum = fused(weights[h * stride + k], widen(*some_values.row(k)), sum);
                     sums[h * value_dim + d] = sum;
                 }
         });
@@ -206,8 +210,8 @@ void finish(const Shape& shape, const Extras& extras, float* partials, int64_t c
         for (int64_t p = 0; p < count; ++p) {
             const Partial part(partials + p * size, heads);
             const float factor = part.largest[h] == largest ? 1.0f : exponential(part.largest[h] - largest);
-            total += part.total[h] * factor;
-            for (int64_t d = 0; d < dim; ++d) sums[d] = (p > 0 ? sums[d] : 0.0f) + part.sums[h * dim + d] * factor;
+            total = fused(part.total[h], factor, total);
+            for (int64_t d = 0; d < dim; ++d) sums[d] = fused(part.sums[h * dim + d], factor, p > 0 ? sums[d] : 0.0f);
         }
         store_reordered(sums, 1.0f / total, dim, output + h * dim);
     }

@@ -1,5 +1,4 @@
-// What the operations of a recorded step do with each number: in float32, one rounding after another. Sums and products are rounded one by
-// one wherever this is included, because it is compiled without contractions (kernels/jit.py); `fused` says where they are one.
+// What the operations of a recorded step do with each number: in float32, one rounding after another, except where `fused` says otherwise.
 
 #pragma once
 
@@ -17,6 +16,8 @@ enum Operation : int64_t {
     ROWS, LINEAR, PRODUCT,
     WRITE_CACHE, ATTENTION,
 };
+
+constexpr int MOST_OPERANDS = 48;  // tensors in memory of a run that is compiled
 
 // Whether an operation makes one number of a whole row.
 constexpr bool reduces(int64_t operation) { return operation >= SUM && operation <= AMAX; }

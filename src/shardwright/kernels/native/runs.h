@@ -104,7 +104,6 @@ void each_part(const Instruction* run, int64_t rows, int64_t most, bool is_worth
 
 // A run that was compiled (replay/compile_runs.py): its tensors in memory are told in the order of the instructions, inputs first.
 using Compiled = void (*)(char* const* places, const int64_t* steps, int64_t rows);
-constexpr int MOST_OPERANDS = 48;
 
 void run_compiled(const Instruction* run, Compiled function, int64_t count, int64_t rows, bool is_worth) {
     const View* operands[MOST_OPERANDS];

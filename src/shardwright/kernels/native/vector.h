@@ -46,7 +46,7 @@ inline void store(float value, float* place) { *place = value; }
 
 // a * b + c, rounded once where the machine does so in one operation; everything else is rounded one by one (kernels/jit.py).
 __attribute__((always_inline)) inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;
@@ -177,7 +177,10 @@ inline Vector plus(Vector a, Vector b) { return a + b; }
 #if defined(__aarch64__)
 inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 #else
-inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector fma(Vector a, Vector b, Vector c) {
+    for (int lane = 0; lane < LANES; ++lane) c[lane] = fused(a[lane], b[lane], c[lane]);
+    return c;
+}
 #endif
 inline float sum(Vector v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 #endif
