@@ -63,7 +63,7 @@ def assert_same_bits(function: Function, table: Tensor, *steps: int) -> int:
     return num_functions(compiled)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 5)), min_size=3, max_size=9),
     tokens=st.integers(1, 16) | st.integers(1, 90),
