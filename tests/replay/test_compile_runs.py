@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.replay import functions
 from tests.replay.functions import Function, features, inputs_of, table_of
-from tests.replay.test_fuse import STEPS
+from tests.replay.test_fuse import STEPS, chained
 from tests.replay.test_program import FUNCTIONS, rms_norm, rotary
 from torch import Tensor
 
@@ -70,13 +70,7 @@ def assert_same_bits(function: Function, table: Tensor, *steps: int) -> int:
     dtype=st.sampled_from(DTYPES),
 )
 def test_random_runs_give_the_same_bits(steps: list[tuple[str, int]], tokens: int, dtype: torch.dtype) -> None:
-    def function(x: Tensor, _: Tensor) -> Tensor:
-        values = [x, (x * 0.5 + 1).cos()]
-        for name, other in steps:
-            values.append(STEPS[name](values[-1], values[other % len(values)]))
-        return torch.stack(values[1:], dim=1).flatten(1)
-
-    assert_same_bits(function, table_of(dtype), tokens)
+    assert_same_bits(chained(steps), table_of(dtype), tokens)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

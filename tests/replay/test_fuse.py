@@ -59,6 +59,18 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def chained(steps: list[tuple[str, int]]) -> Function:
+    """Each step by its name, of what the last one gave and what one before it did: all of their results."""
+
+    def function(x: Tensor, positions: Tensor) -> Tensor:
+        values = [x, (x * 0.5 + 1).cos()]
+        for name, other in steps:
+            values.append(STEPS[name](values[-1], values[other % len(values)]))
+        return torch.stack(values[1:], dim=1).flatten(1)
+
+    return function
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 5)), min_size=1, max_size=7),
@@ -66,14 +78,9 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_random_runs_are_those_of_torch(steps: list[tuple[str, int]], tokens: int, dtype: torch.dtype) -> None:
-    def function(x: Tensor, positions: Tensor) -> Tensor:
-        values = [x, (x * 0.5 + 1).cos()]
-        for name, other in steps:
-            values.append(STEPS[name](values[-1], values[other % len(values)]))
-        return torch.stack(values[1:], dim=1).flatten(1)
-
     table = table_of(dtype)
     inputs = inputs_of(tokens, seed=3)
+    function = chained(steps)
     expected = function(features(inputs, table), inputs.position_ids)
     actual = program_of(function, table).run(inputs)
     tolerance = 1e-4 if dtype is torch.float32 else 5e-2

@@ -49,21 +49,16 @@ class CompiledRuns:
     """
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
+        self._instructions = instructions
         self._names: dict[int, str] = {}
         """By the number of a run's first instruction."""
-        bodies: dict[str, str] = {}
-        for row, run in _runs(instructions):
-            if (body := _body(run)) is not None:
-                self._names[row] = bodies.setdefault(body, f"run_{len(bodies)}")
-        self.source = "\n".join(
-            ['#include "compiled_run.h"', *(_function(name, body) for body, name in bodies.items())]
-        )
+        self.source = ""
         self._library: ctypes.CDLL | None = None
         self._thread: Thread | None = None
 
     def begin(self) -> None:
-        """Have them compiled, in the background, if there are any."""
-        if not self._names:
+        """Have them written and compiled, in the background, if runs are enough of a step."""
+        if not _are_worth_compiling(self._instructions):
             return
         # A daemon holds no tensors, and may be ended anywhere
         self._thread = Thread(target=self._compile, name="compile-runs", daemon=True)
@@ -87,10 +82,17 @@ class CompiledRuns:
 
     def _compile(self) -> None:
         give_way()
-        self._library = generated_library("runs", self.source)
+        bodies: dict[str, str] = {}
+        for row, run in _runs(self._instructions):
+            if (body := _body(run)) is not None:
+                self._names[row] = bodies.setdefault(body, f"run_{len(bodies)}")
+        if bodies:
+            functions = (_function(name, body) for body, name in bodies.items())
+            self.source = "\n".join(['#include "compiled_run.h"', *functions])
+            self._library = generated_library("runs", self.source)
 
 
-def are_worth_compiling(instructions: Sequence[Instruction]) -> bool:
+def _are_worth_compiling(instructions: Sequence[Instruction]) -> bool:
     """Whether runs are enough of a step."""
     made = (instruction.tensors[0] for _, run in _runs(instructions) for instruction in run)
     return sum(prod(size.at(1) for size in place.sizes) for place in made if place is not None) >= WORTH_COMPILING

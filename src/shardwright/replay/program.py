@@ -19,7 +19,7 @@ from shardwright.errors import UnsupportedModelError
 from shardwright.kernels.jit import native_library
 from shardwright.replay.affine import Affine, Call, Place, Recording, tensors_in
 from shardwright.replay.arena import plan_arena
-from shardwright.replay.compile_runs import FUNCTION, CompiledRuns, are_worth_compiling
+from shardwright.replay.compile_runs import FUNCTION, CompiledRuns
 from shardwright.replay.fold import folded
 from shardwright.replay.fuse import fused, needed_after, used_at_once
 from shardwright.replay.instructions import (
@@ -109,7 +109,6 @@ class Program:
         ]
         self._base, self._slope = encode(instructions, addresses)
         self._compiled = CompiledRuns(instructions)
-        self._is_worth_compiling = are_worth_compiling(instructions)
         self._list = lru_cache(LISTS_KEPT)(self._make_list)
         self._logits = lru_cache(LISTS_KEPT)(partial(self._view, recording.output))
         self._bound = lru_cache(LISTS_KEPT * len(self._host))(self._bind_call)
@@ -178,8 +177,7 @@ class Program:
 
     def compile_runs(self) -> None:
         """Have runs compiled in the background, if they are enough of a step; `run` takes them when they are there."""
-        if self._is_worth_compiling:
-            self._compiled.begin()
+        self._compiled.begin()
 
     def take_compiled(self, *, waits: bool = False) -> None:
         """Carry out runs by functions of their own from now on, if these are compiled.
