@@ -17,7 +17,7 @@ def told(found: tuple[np.ndarray, np.ndarray]) -> tuple[list[int], list[bool]]:
     return token_ids.tolist(), are_nan.tolist()
 
 
-pytestmark = pytest.mark.skipif(native_library("greedy") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
 
 @settings(max_examples=150)

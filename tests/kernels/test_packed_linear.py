@@ -241,12 +241,17 @@ def test_without_a_compiler_there_is_one_warning_and_no_kernel(
         jit._loaded.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def plain_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plain")
+
+
 @pytest.fixture
-def plain_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def plain_processor(monkeypatch: pytest.MonkeyPatch, plain_cache: Path) -> Iterator[None]:
     """Kernels are compiled for a processor of which nothing is known."""
     flags = tuple(flag for flag in jit.FLAGS if not flag.startswith("-march"))
     monkeypatch.setattr(jit, "FLAGS", flags)
-    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path))
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(plain_cache))
     caches = (jit._loaded, kernel.panel_features)
     for cached in caches:
         cached.cache_clear()

@@ -16,7 +16,7 @@ from shardwright.kernels.jit import native_library
 from shardwright.replay import fuse
 from shardwright.replay.instructions import Operation
 
-pytestmark = pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
 HALF = WIDTH // 2
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardwright.kernels.jit import native_library
 from shardwright.replay.instructions import Operation
 
-pytestmark = pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
 WEIGHTS = torch.randn(3, 20, WIDTH, generator=torch.Generator().manual_seed(1))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from shardwright.kernels.jit import native_library
 from shardwright.replay.passes import Cost, Run, passes_of
 
-pytestmark = pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
 WEIGHTS = torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
 

@@ -16,7 +16,7 @@ from shardwright.errors import UnsupportedModelError
 from shardwright.kernels.jit import native_library
 from shardwright.replay.program import OutOfRangeError
 
-pytestmark = pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
 GENERATOR = torch.Generator().manual_seed(2)
 WEIGHT = torch.randn(31, WIDTH, generator=GENERATOR)

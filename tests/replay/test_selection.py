@@ -15,7 +15,7 @@ from shardwright.replay.affine import common_recording
 from shardwright.replay.program import Program
 from shardwright.replay.trace import Trace, TraceMode
 
-pytestmark = pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
 TABLE = table_of(torch.float32)
 HEAD = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(3))

@@ -123,7 +123,7 @@ def test_requests_of_all_kinds_get_what_they_get_without_guesses(architecture: A
                 )
 
 
-@pytest.mark.skipif(native_library("replay") is None, reason="no C++ compiler")
+@pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 def test_steps_with_guesses_are_repeated_like_others(tiny_llama: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with LLM(str(tiny_llama), max_num_seqs=1, kv_cache_memory_bytes="16MiB", speculative_model=str(tiny_llama)) as llm:

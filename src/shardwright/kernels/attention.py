@@ -21,7 +21,7 @@ _TYPES = (torch.float32, torch.bfloat16)
 
 def is_available(dtype: torch.dtype) -> bool:
     """Whether the kernel takes this type, and is compiled or can be now."""
-    return dtype in _TYPES and native_library("attention") is not None
+    return dtype in _TYPES and native_library() is not None
 
 
 def paged_attention(
@@ -53,7 +53,7 @@ def paged_attention(
 
     Returns: [T, H, V], type of the query. Its reference is attention/reference.py.
     """
-    library = native_library("attention")
+    library = native_library()
     assert library is not None, "ask is_available first"
     num_queries, num_heads, key_dim = query_THD.shape
     num_kv_heads, value_dim = values_NKV.shape[1:]

@@ -23,7 +23,7 @@ def greedy(logits: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]
     Returns: [n]: places in the rows, and [n]: whether what is there is not a number.
     """
     is_native = logits.device.type == "cpu" and logits.dtype in _TYPES and logits.stride(-1) == 1
-    library = native_library("greedy") if is_native else None
+    library = native_library() if is_native else None
     if library is None:
         return greedy_reference(logits)
     token_ids, are_nan = np.empty(len(logits), dtype=np.int64), np.zeros(len(logits), dtype=np.bool_)

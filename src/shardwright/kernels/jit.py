@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections import defaultdict
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -34,22 +36,25 @@ FLAGS = (
     "-ffp-contract=off",  # numbers are those that the source says, whatever stands beside it
     "-std=c++17",
     "-fPIC",
+    "-fvisibility=hidden",
     "-fopenmp",
 )
 COMPILE_TIMEOUT_S = 120
 
-_locks: defaultdict[str, Lock] = defaultdict(Lock)
-"""By library, and by compiler: what one thread is about to know, no other asks a second time."""
+_lock = Lock()
+"""What one thread has compiled, no other compiles beside it."""
 
 
-def native_library(name: str) -> ctypes.CDLL | None:
-    """The compiled `native/<name>.cpp`; None, with one warning, if it cannot be had here.
+def native_library() -> ctypes.CDLL | None:
+    """What `native/*.cpp` offer, in one library; None, with one warning, if it cannot be had here."""
+    with _lock:
+        return _loaded()
 
-    Args:
-        name: of the source file, without its ending.
-    """
-    with _locks[name]:
-        return _loaded(name)
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    sources = {path.stem: path.read_bytes() for path in sorted(SOURCES.glob("*.cpp"))}
+    return _library("kernels", sources, timeout_s=COMPILE_TIMEOUT_S)
 
 
 def generated_library(name: str, source: str) -> ctypes.CDLL | None:
@@ -59,28 +64,21 @@ def generated_library(name: str, source: str) -> ctypes.CDLL | None:
         name: what the file is called, for people.
         source: C++, which may include what lies in `native/`.
     """
-    with _locks[name]:
-        return _library(name, source.encode(), timeout_s=None)  # nobody waits, and others may have the cores
+    return _library(name, {name: source.encode()}, timeout_s=None)  # nobody waits, and others may have the cores
 
 
 def compile_ahead() -> None:
-    """Have all libraries compiled, side by side, while the caller goes on; of use where they have not been yet."""
-    for source in sorted(SOURCES.glob("*.cpp")):
-        Thread(target=native_library, args=(source.stem,), name=f"compile-{source.stem}", daemon=True).start()
+    """Have kernels compiled while the caller goes on; of use where they have not been yet."""
+    Thread(target=native_library, name="compile-kernels", daemon=True).start()
 
 
-@functools.cache
-def _loaded(name: str) -> ctypes.CDLL | None:
-    return _library(name, (SOURCES / f"{name}.cpp").read_bytes(), timeout_s=COMPILE_TIMEOUT_S)
-
-
-def _library(name: str, source: bytes, *, timeout_s: float | None) -> ctypes.CDLL | None:
+def _library(name: str, sources: Mapping[str, bytes], *, timeout_s: float | None) -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("no C++ compiler found: native kernels are off, some steps are slower; install g++ to have them")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(name, source, compiler, timeout_s)))
+        return ctypes.CDLL(str(_compiled(name, sources, compiler, timeout_s)))
     except (OSError, subprocess.SubprocessError) as exc:
         logger.warning("native %s cannot be compiled, some steps are slower: %s", name, _cause(exc))
         return None
@@ -95,27 +93,45 @@ def _cause(error: OSError | subprocess.SubprocessError) -> str:
     return next((line for line in lines if "error:" in line), lines[0])
 
 
-def _compiled(name: str, source: bytes, compiler: str, timeout_s: float | None) -> Path:
-    """The shared library of a source, compiled unless the cache has it. Raises OSError or SubprocessError."""
-    sources = [source, *(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))]
-    with _locks[compiler]:
-        version = _version(compiler)  # a process: started once, for all
-    identity = b"\0".join([*sources, version, " ".join(FLAGS).encode(), _processor().encode()])
+def _compiled(name: str, sources: Mapping[str, bytes], compiler: str, timeout_s: float | None) -> Path:
+    """The shared library of some sources, by their names, compiled unless the cache has it.
+
+    Raises: OSError or SubprocessError.
+    """
+    headers = [header.read_bytes() for header in sorted(SOURCES.glob("*.h"))]
+    identity = b"\0".join([*sources.values(), *headers, _version(compiler), *map(str.encode, (*FLAGS, _processor()))])
     directory = cache_directory() / "kernels"
     library = directory / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if library.exists():
         return library
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        written, compiled, linked = (Path(temporary) / f"kernel.{ending}" for ending in ("cpp", "o", "so"))
-        written.write_bytes(source)
-        for command in (
-            [compiler, *FLAGS, "-I", str(SOURCES), "-c", str(written), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked), *_openmp_flags()],
-        ):
-            subprocess.run(command, capture_output=True, check=True, timeout=timeout_s)
+        compiles, objects = [], []
+        for own, text in sources.items():
+            written, compiled = (str(Path(temporary) / f"{own}.{ending}") for ending in ("cpp", "o"))
+            Path(written).write_bytes(text)
+            compiles.append([compiler, *FLAGS, "-I", str(SOURCES), "-c", written, "-o", compiled])
+            objects.append(compiled)
+        linked = Path(temporary) / "linked.so"
+        _run_side_by_side(compiles, timeout_s)
+        _run_side_by_side([[compiler, "-shared", *objects, "-o", str(linked), *_openmp_flags()]], timeout_s)
         linked.replace(library)  # atomic: another process may do the same
     return library
+
+
+def _run_side_by_side(commands: Sequence[Sequence[str]], timeout_s: float | None) -> None:
+    """Run commands until all have ended well. Raises OSError or SubprocessError for one that has not; the rest end."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with ExitStack() as stack:
+        processes = []
+        for command in commands:
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+            stack.callback(process.kill)  # which does nothing to one that has ended
+            processes.append(process)
+        for process, command in zip(processes, commands, strict=True):
+            _, said = process.communicate(timeout=None if deadline is None else deadline - time.monotonic())
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
 
 
 def _openmp_flags() -> list[str]:

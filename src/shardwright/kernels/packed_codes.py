@@ -135,15 +135,13 @@ def _rounded(input: Tensor, group_size: int, bits: int) -> Tensor:
 def _coded_linear(input: Tensor, panels: Tensor, bias: Tensor | None, outer: int, group_size: int, bits: int) -> Tensor:
     if input.dtype not in (torch.float32, _HALF):
         return _coded_linear(input.float(), panels, bias, outer, group_size, bits).to(input.dtype)
-    library = native_library("packed")
+    library = native_library()
     assert library is not None, "is_available comes first"
     input = input.contiguous()
     output = input.new_empty(len(input), outer)
-    library.coded_linear(
-        ctypes.c_int64(bits),
-        ctypes.c_int64(input.dtype is _HALF),
+    library.packed_linear(
+        *map(ctypes.c_int64, (bits, group_size, input.dtype is _HALF)),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (input, panels)),
-        ctypes.c_int64(group_size),
         ctypes.c_void_p(None if bias is None else bias.data_ptr()),
         ctypes.c_void_p(output.data_ptr()),
         *map(ctypes.c_int64, (*input.shape, outer)),

@@ -31,7 +31,7 @@ LIBRARY.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int out
 
 def is_available() -> bool:
     """Whether the kernel is compiled, or can be now."""
-    return native_library("packed") is not None
+    return native_library() is not None
 
 
 def packed_elements(outer: int, inner: int) -> int:
@@ -170,8 +170,7 @@ def multiply_packed(input: Tensor, packed: Tensor, bias: Tensor | None, output: 
         return
     input = input.contiguous()
     library.packed_linear(
-        ctypes.c_int64(bits),
-        ctypes.c_int64(input.dtype is _HALF),
+        *map(ctypes.c_int64, (bits, 0, input.dtype is _HALF)),
         ctypes.c_void_p(input.data_ptr()),
         ctypes.c_void_p(packed.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
@@ -205,6 +204,6 @@ def panel_features() -> int:
 
 
 def _library() -> ctypes.CDLL:
-    library = native_library("packed")
+    library = native_library()
     assert library is not None, "is_available comes first"
     return library

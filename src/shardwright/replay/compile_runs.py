@@ -88,7 +88,7 @@ class CompiledRuns:
                 self._names[row] = bodies.setdefault(body, f"run_{len(bodies)}")
         if bodies:
             functions = (_function(name, body) for body, name in bodies.items())
-            self.source = "\n".join(['#include "compiled_run.h"', *functions])
+            self.source = "\n".join(['#include "compiled_run.h"', "using namespace shardwright;", *functions])
             self._library = generated_library("runs", self.source)
 
 
@@ -107,7 +107,7 @@ def _runs(instructions: Sequence[Instruction]) -> Iterator[tuple[int, Sequence[I
 
 def _function(name: str, body: str) -> str:
     return (
-        f'extern "C" void {name}(char* const* places, const int64_t* steps, int64_t rows) {{\n'
+        f"EXPORTED void {name}(char* const* places, const int64_t* steps, int64_t rows) {{\n"
         f"    for (int64_t row = 0; row < rows; ++row) {{\n{body}\n    }}\n}}"
     )
 

@@ -74,7 +74,7 @@ class Program:
     """
 
     def __init__(self, recording: Recording, *, most_tokens: int, most_rows: int) -> None:
-        library = native_library("replay")
+        library = native_library()
         if library is None:
             raise UnsupportedModelError("there is no C++ compiler")
         library.replay.restype = ctypes.c_int64

@@ -90,7 +90,7 @@ class ModelRunner:
         self._sampling = SamplingState(limits.max_num_seqs, limits.vocab_size, device)
         self._sampler = Sampler(seed=seed, has_kernels=has_kernels)
         if samples and device.type == "cpu":
-            native_library("greedy")  # compiled before somebody waits for a token
+            native_library()  # compiled before somebody waits for a token
         self._draft = draft(self._token_rows) if draft is not None else None
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@
 
 #include "vector.h"
 
-namespace {
+namespace shardwright {
 
 struct Shape {
     int64_t kv_heads, group, key_dim, value_dim, block_size;
@@ -63,4 +63,4 @@ inline float weigh(const Shape& shape, const Extras& extras, float* row, int64_t
     return 1.0f / (sum_of(row, width) + (extras.sinks ? exponential(*extras.sinks - largest) : 0.0f));
 }
 
-}  // namespace
+}  // namespace shardwright

@@ -14,6 +14,7 @@
 
 #include "packed.h"
 
+namespace shardwright {
 namespace {
 
 constexpr int64_t GROUP = 4;  // input features; a weight has a multiple of it
@@ -294,3 +295,4 @@ inline bool compress(const uint16_t* weight, int64_t outer_stride, int64_t inner
 }
 
 }  // namespace
+}  // namespace shardwright

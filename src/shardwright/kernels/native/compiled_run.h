@@ -3,8 +3,10 @@
 
 #pragma once
 
+#include "exported.h"
 #include "operations.h"
 
+namespace shardwright {
 namespace {
 
 inline float number(uint16_t bits) { return widen(bits); }
@@ -51,7 +53,7 @@ __attribute__((always_inline)) inline void each_aside(float* to, Inputs... input
 // *to = the result of an operation on all numbers of a row.
 template <int64_t OPERATION, int64_t COUNT, bool ROUNDS>
 __attribute__((always_inline)) inline void reduce(float* to, Numbers<float, 1> input) {
-    *to = rounded<ROUNDS>(reduce(OPERATION, input.data, COUNT));
+    *to = rounded<ROUNDS>(reduction(OPERATION, input.data, COUNT));
 }
 template <int64_t OPERATION, int64_t COUNT, bool ROUNDS, typename Input>
 __attribute__((always_inline)) inline void reduce(float* to, Input input) {
@@ -70,3 +72,4 @@ __attribute__((always_inline)) inline void write(const float* from, T* to) {
 }
 
 }  // namespace
+}  // namespace shardwright

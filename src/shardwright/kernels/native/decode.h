@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "threads.h"
 
+namespace shardwright {
 namespace {
 
 constexpr int KEYS = 4;   // at once
@@ -266,3 +267,4 @@ bool attend_decodes(const Shape& shape, const Sequences& step, const T* query, c
 }
 
 }  // namespace
+}  // namespace shardwright

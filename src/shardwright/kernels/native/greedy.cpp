@@ -1,8 +1,10 @@
 // The largest number of each row; see kernels/greedy.py.
 
+#include "exported.h"
 #include "threads.h"
 #include "vector.h"
 
+namespace shardwright {
 namespace {
 
 constexpr int64_t RUN = 1024;  // numbers that are widened at once
@@ -32,10 +34,13 @@ int64_t place_of_largest(const T* row, int64_t length, bool& is_nan) {
 }
 
 }  // namespace
+}  // namespace shardwright
+
+using namespace shardwright;
 
 // logits [rows, length], `stride` numbers from row to row; is_half: bfloat16 instead of float32. A place of each row, and whether what is
 // there is not a number.
-extern "C" void greedy(int64_t is_half, const void* logits, int64_t rows, int64_t length, int64_t stride, int64_t* places, bool* are_nan) {
+EXPORTED void greedy(int64_t is_half, const void* logits, int64_t rows, int64_t length, int64_t stride, int64_t* places, bool* are_nan) {
     const auto one = [&](int64_t r) {
         places[r] = is_half ? place_of_largest(static_cast<const uint16_t*>(logits) + r * stride, length, are_nan[r])
                             : place_of_largest(static_cast<const float*>(logits) + r * stride, length, are_nan[r]);

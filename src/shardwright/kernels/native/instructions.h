@@ -4,7 +4,7 @@
 
 #include "operations.h"
 
-namespace {
+namespace shardwright {
 
 constexpr int MOST_DIMS = 6, MOST_TENSORS = 4, MOST_VALUES = 12;
 
@@ -77,4 +77,4 @@ inline int64_t offset_of(int64_t i, const int64_t* size, const int64_t* stride, 
     return offset;
 }
 
-}  // namespace
+}  // namespace shardwright

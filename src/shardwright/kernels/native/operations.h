@@ -4,7 +4,7 @@
 
 #include "vector.h"
 
-namespace {
+namespace shardwright {
 
 // As replay/instructions.py numbers them.
 enum Operation : int64_t {
@@ -66,10 +66,10 @@ __attribute__((always_inline)) inline float apply(float x, float y = 0.0f, float
     }
 }
 
-__attribute__((always_inline)) inline float reduce(int64_t operation, const float* row, int64_t length) {
+__attribute__((always_inline)) inline float reduction(int64_t operation, const float* row, int64_t length) {
     if (operation == AMAX) return largest_of(row, length);
     const float total = sum_of(row, length);
     return operation == MEAN ? total / static_cast<float>(length) : total;
 }
 
-}  // namespace
+}  // namespace shardwright

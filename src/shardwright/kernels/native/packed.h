@@ -5,8 +5,6 @@
 
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -21,6 +19,7 @@
 #define TILE 6
 #endif
 
+namespace shardwright {
 namespace {
 
 constexpr int PANEL = 2 * LANES;
@@ -28,7 +27,6 @@ constexpr int PANEL = 2 * LANES;
 // more lines can be on their way.
 constexpr int64_t AHEAD = 2048, FAR_AHEAD = 8192;
 constexpr int64_t FETCHING = 4;            // tiles that fetch the next panel
-constexpr int64_t LEAST_CACHE = 512 << 10;  // the second one, where the system does not tell
 constexpr int64_t ARRANGED = 256;          // features of a token at once
 constexpr int64_t WORTH_ARRANGING = 1 << 12;  // by more than one thread
 
@@ -231,16 +229,6 @@ struct Product {
     }
 };
 
-// Of inputs that stay in the second cache while panels go by: half of it.
-inline int64_t block_bytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    static const int64_t size = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), LEAST_CACHE);
-#else
-    static const int64_t size = LEAST_CACHE;
-#endif
-    return size / 2;
-}
-
 // Products of the same tokens with several weights, cut among threads as one. emit(product, first token, tokens, first feature, features,
 // sums) takes what comes out: neighbouring features of some tokens, in rows of PANEL that it may change. A product is told which is the first
 // of the tiles that a thread multiplies one after another by the same panel; at least LEAST_TILES, if there are as many. `reading` is that of
@@ -273,3 +261,4 @@ void multiply(const Tiles& tiles, const Inputs& inputs, const P* products, int n
 }
 
 }  // namespace
+}  // namespace shardwright

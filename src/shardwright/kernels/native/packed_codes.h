@@ -9,6 +9,7 @@
 
 #include "packed.h"
 
+namespace shardwright {
 namespace {
 
 constexpr int64_t UNIT = 4;               // groups are filled up to a multiple of so many input features
@@ -290,3 +291,4 @@ struct Coded {
 };
 
 }  // namespace
+}  // namespace shardwright

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "packed.h"
 
+namespace shardwright {
 namespace {
 
 // Some positions of one sequence and KV head, packed.
@@ -122,3 +123,4 @@ void attend_prompts(const Shape& shape, const Sequences& step, const T* query, c
 }
 
 }  // namespace
+}  // namespace shardwright

@@ -6,11 +6,12 @@
 #include <cmath>
 #include <vector>
 
-#include "compact.h"
-#include "packed_codes.h"
+#include "exported.h"
+#include "linears.h"
 #include "runs.h"
 #include "step_attention.h"
 
+namespace shardwright {
 namespace {
 
 // What a step brings for each group of layers that share block tables.
@@ -36,7 +37,7 @@ void each_row(const View& out, const View& in, F f) {
 
 void reduce(int64_t operation, const View& out, const View& in) {
     each_row(out, in, [&](float* row, int64_t length, char* place) {
-        const float result = reduce(operation, row, length);
+        const float result = reduction(operation, row, length);
         store_row(&result, 1, place, out.type, 1);
     });
 }
@@ -97,47 +98,6 @@ bool take_rows(const View& out, const View& table, const View& index) {
         copy(to, from);
     }
     return true;
-}
-
-// out [M, N] = x [M, K] @ weight.T + bias [N], float32, for instructions that follow each other and have the same x; weights are packed.
-template <typename P, typename Inputs>
-void linears(const Instruction* instructions, const Tiles& tiles, const Inputs& inputs, const Reading& reading) {
-    P products[MOST_JOINED];
-    for (int i = 0; i < reading.count; ++i)
-        products[i] = {reinterpret_cast<decltype(P::weight)>(instructions[i].tensor[2].data), instructions[i].tensor[0].size[1]};
-    multiply(tiles, inputs, products, reading.count, [&](int number, int64_t token, int64_t tokens, int64_t feature, int64_t features, float* sums) {
-        const View &out = instructions[number].tensor[0], &bias = instructions[number].tensor[3];
-        const bool is_whole = features == PANEL && out.stride[1] == 1;
-        const int64_t step = out.stride[0] * bytes(out.type);
-        char* to = out.data + token * step + feature * out.stride[1] * bytes(out.type);
-        for (int64_t t = 0; t < tokens; ++t, sums += PANEL, to += step) {
-            if (bias.data)
-                for (int64_t i = 0; i < features; ++i) sums[i] += reinterpret_cast<const float*>(bias.data)[feature + i];
-            if (is_whole) store_row(sums, PANEL, to, out.type, 1);
-            else store_row(sums, features, to, out.type, out.stride[1]);
-        }
-    }, &reading);
-}
-
-// Products that follow each other and have the same input. Those of codes have a group size and bits; other bytes are bfloat16 in 12 bits.
-void linears(const Instruction* instructions, const Reading& reading) {
-    const View& x = instructions[0].tensor[1];
-    const int64_t type = instructions[0].tensor[2].type, group_size = instructions[0].value[1], code_bits = instructions[0].value[2];
-    const Tiles tiles(x.size[0]);
-    const auto read = [&](int64_t token, int64_t first, int64_t last, float* row) {
-        load_row(x.data + (token * x.stride[0] + first * x.stride[1]) * bytes(x.type), x.type, x.stride[1], last - first, row);
-    };
-    if (type == U8 && code_bits) {
-        with_codes(code_bits, x.type == BF16, [&](auto codes) {
-            using Codes = decltype(codes);
-            linears<Coded<Codes>>(instructions, tiles, round_inputs<Codes>(tiles, x.size[1], group_size, read), reading);
-        });
-    } else {
-        const Arranged inputs = arrange(tiles, x.size[1], read);
-        if (type == U8) linears<CompactProduct>(instructions, tiles, inputs, reading);
-        else if (type == BF16) linears<Product<uint16_t>>(instructions, tiles, inputs, reading);
-        else linears<Product<float>>(instructions, tiles, inputs, reading);
-    }
 }
 
 // out [B, M, N] = a [B, M, K] @ b [B, K, N], small and of any layout.
@@ -208,18 +168,6 @@ void attention(const Instruction& in, const Group& group) {
     if (!is_direct) copy(out, side_by_side(out, own_result));
 }
 
-Panels panels_of(const Instruction& in) {
-    const View &x = in.tensor[1], &weight = in.tensor[2];
-    const int64_t outer = in.tensor[0].size[1], inner = x.size[1], group_size = in.value[1], code_bits = in.value[2];
-    uint8_t* const data = reinterpret_cast<uint8_t*>(weight.data);
-    Panels panels{};
-    if (weight.type == F32) panels = Product<float>{reinterpret_cast<const float*>(data), outer}.panels(inner);
-    else if (weight.type == BF16) panels = Product<uint16_t>{reinterpret_cast<const uint16_t*>(data), outer}.panels(inner);
-    else if (code_bits == 0) panels = CompactProduct{data, outer}.panels(inner, x.size[0]);
-    else with_codes(code_bits, x.type == BF16, [&](auto codes) { panels = Coded<decltype(codes)>{data, outer}.panels(inner, group_size); });
-    return panels;
-}
-
 // The weights of all products from `start` to the next HOST instruction, and behind them one reading of nothing.
 const Reading* find_readings(const Instruction* instructions, int64_t count, int64_t start) {
     static std::atomic<int64_t> numbers{0};
@@ -259,7 +207,7 @@ int64_t run(const Instruction* instructions, int64_t count, int64_t start, const
             case RMS_NORM: normalize(false, as_float(in.value[0]), t); break;
             case ROWS: if (!take_rows(t[0], t[1], t[2])) return -1 - i; break;
             case LINEAR:
-                linears(&in, *next);
+                linears(&in, next->count, next);
                 i += next->count - 1;
                 coming.store(++next, std::memory_order_release);
                 break;
@@ -281,9 +229,12 @@ int64_t run(const Instruction* instructions, int64_t count, int64_t start, const
 }
 
 }  // namespace
+}  // namespace shardwright
+
+using namespace shardwright;
 
 // See run.
-extern "C" int64_t replay(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
+EXPORTED int64_t replay(const Instruction* instructions, int64_t count, int64_t start, const Group* groups) {
     int64_t reached = 0;
     const Reading* const readings = find_readings(instructions, count, start);
     std::atomic<const Reading*> coming{readings};

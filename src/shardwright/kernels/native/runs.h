@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "threads.h"
 
+namespace shardwright {
 namespace {
 
 constexpr int64_t RUN_NUMBERS = 4096;  // in float32 that a run of instructions works on at once: half of the nearest cache
@@ -79,7 +81,7 @@ void run_part(const Instruction& in, const Part& part, float* own, int64_t width
     const Rows<float> result{own + target, width};
     if (reduces(in.operation)) {
         for (int64_t r = 0; r < part.rows; ++r) {
-            const float value = reduce(in.operation, input[0][r], length);
+            const float value = reduction(in.operation, input[0][r], length);
             *result[r] = rounds(in) ? round_half(value) : value;
         }
     } else {
@@ -145,3 +147,4 @@ void run_rows(const Instruction* run) {
 }
 
 }  // namespace
+}  // namespace shardwright

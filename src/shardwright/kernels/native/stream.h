@@ -4,16 +4,29 @@
 
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 
 #include "threads.h"
 #include "vector.h"
 
-namespace {
+namespace shardwright {
 
 constexpr int MOST_JOINED = 8;  // products of the same tokens
+constexpr int64_t LEAST_CACHE = 512 << 10;  // the second one, where the system does not tell
 constexpr int64_t LINES_AT_ONCE = 16;  // by a thread without a piece, until it looks for one again
+
+// Of inputs that stay in the second cache while panels go by: half of it.
+inline int64_t block_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t size = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), LEAST_CACHE);
+#else
+    static const int64_t size = LEAST_CACHE;
+#endif
+    return size / 2;
+}
 
 // A packed weight: its panels follow each other.
 struct Panels {
@@ -112,4 +125,4 @@ inline Stream& own_stream() {
     return stream;
 }
 
-}  // namespace
+}  // namespace shardwright

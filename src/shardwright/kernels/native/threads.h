@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace {
+namespace shardwright {
 
 constexpr int64_t PIECES_PER_THREAD = 4;  // of a loop: few enough for long runs through memory, many enough for threads to end together
 constexpr int64_t UNEVEN_PIECES = 64;     // per thread, where some take much longer than others
@@ -157,4 +157,4 @@ void share(int64_t count, bool is_worth, const F& f, int64_t pieces_per_thread =
     for (int64_t i = 0; i < count; ++i) f(i);
 }
 
-}  // namespace
+}  // namespace shardwright

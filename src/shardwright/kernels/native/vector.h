@@ -16,7 +16,7 @@
 #include <arm_neon.h>
 #endif
 
-namespace {
+namespace shardwright {
 
 inline float widen(uint16_t bits) {
     uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -255,4 +255,4 @@ inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
 #endif
 }
 
-}  // namespace
+}  // namespace shardwright
