@@ -180,6 +180,11 @@ class SchedulerConfig:
     )
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps, beside running decodes.")
     scheduling_policy: Policy = option("fcfs", "fcfs: first come, first served; priority: lowest number first.")
+    async_scheduling: bool | None = option(
+        None,
+        "Plan each step, and send what the last one brought, while the one between runs; a new request may wait a step "
+        "longer. One rank without speculation can; default: it does on a GPU.",
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "max_num_seqs", "max_num_batched_tokens")
@@ -317,6 +322,17 @@ class EngineConfig:
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.scheduler.async_scheduling:
+            if self.speculative.method != "none":
+                raise ConfigError(
+                    "async_scheduling and speculation exclude each other: tokens are guessed after known ones"
+                )
+            if self.parallel.num_ranks > 1 or self.parallel.distributed_executor_backend not in ("auto", "inline"):
+                raise ConfigError(
+                    "async_scheduling is for one rank inside the engine; ranks of their own get steps one by one"
+                )
 
     @property
     def of_draft(self) -> EngineConfig:

@@ -77,5 +77,17 @@ class RanksLostError(EngineError):
     """A rank died or hangs, and the steps in flight with it. The message says which and why."""
 
 
+class StepFailedError(EngineError):
+    """A batch could not be carried out, nor any after it that was in flight.
+
+    Args:
+        error: what it raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"a step failed: {type(error).__name__}: {error}")
+        self.error = error
+
+
 class EngineBusyError(EngineError):
     """The engine takes no more requests for now."""

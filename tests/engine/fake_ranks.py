@@ -150,7 +150,7 @@ class FakeRank:
 
 class FakeRanks:
     """An executor of two pipeline stages: the first carries out a batch when it is submitted, the last one when its
-    result is asked for.
+    result is asked for. Where batches run ahead of results, there is the last one alone.
 
     Args:
         groups: cache groups of the model.
@@ -161,6 +161,7 @@ class FakeRanks:
     def __init__(self, groups: list[CacheGroup], limits: SchedulerLimits, *, losses: Container[int] = ()) -> None:
         self.groups = groups
         self.max_in_flight = limits.max_in_flight
+        self.runs_ahead = limits.runs_ahead
         self.info: EngineInfo = msgspec.structs.replace(
             INFO,
             vocab_size=VOCAB_SIZE,
@@ -181,6 +182,9 @@ class FakeRanks:
         self._may_lose()
         assert batch.rows
         assert len(self._in_flight) < self.max_in_flight
+        if self.runs_ahead:
+            self._in_flight.append((batch, {}))
+            return
         self._first.execute(batch)
         written = self._first.blocks(batch, written=True)
         for earlier, used in self._in_flight:
@@ -195,6 +199,12 @@ class FakeRanks:
         self._may_lose()
         batch, _ = self._in_flight.popleft()
         return self._last.execute(batch)
+
+    def fail(self) -> None:
+        """The oldest batch in flight is not carried out to its end, the others not at all."""
+        if self._in_flight:
+            self._last.execute(self._in_flight[0][0])
+        self._in_flight.clear()
 
     def restart(self) -> None:
         self._may_lose()

@@ -1,5 +1,5 @@
-"""Requests of all kinds come, run, are aborted and lose their ranks, with tokens guessed ahead and without: no block or
-row is lost or owned twice, nobody starves, and everyone gets their tokens.
+"""Requests of all kinds come, run, are aborted and lose their ranks, with tokens guessed ahead, with batches that run
+ahead of results, and without: no block or row is lost or owned twice, nobody starves, and everyone gets their tokens.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class OracleSpeculation(Speculation):
 class SchedulerMachine(RuleBasedStateMachine):
     """A scheduler with the ranks it schedules for."""
 
+    runs_ahead = False
+
     @initialize(
         groups=st.sampled_from([[FULL], [SLIDING], [FULL, SLIDING]]),
         spare_blocks=st.integers(0, 8),
@@ -71,6 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         method: str,
         step_tokens: int,
     ) -> None:
+        config = None if self.runs_ahead else SPECULATIVE[method]
         least = blocks_for_sequence(groups, num_tokens=MAX_MODEL_LEN, chunk=budget, block_size=4)
         limits = SchedulerLimits(
             max_num_seqs=4,
@@ -78,11 +81,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             block_size=4,
             num_blocks=least + spare_blocks,
-            max_in_flight=max_in_flight,
+            max_in_flight=2 if self.runs_ahead else max_in_flight,
+            runs_ahead=self.runs_ahead,
             enable_prefix_caching=prefix,
             by_priority=priority,
         )
-        speculation, config = None, SPECULATIVE[method]
+        speculation = None
         if config is not None:
             speculation = OracleSpeculation(config, step_tokens=min(step_tokens, budget), max_model_len=MAX_MODEL_LEN)
         self.scheduler = Scheduler(limits, groups, speculation)
@@ -141,7 +145,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         if len(self.scheduler.in_flight) < self.ranks.max_in_flight:
             batch = self.scheduler.schedule()
             if batch.rows:
-                self.scheduler.take_back(batch)
+                self.scheduler.take_back()
+
+    @rule()
+    def fail(self) -> None:
+        if self.ranks.runs_ahead:
+            self.ranks.fail()
+            while self.scheduler.in_flight:
+                self.scheduler.take_back()
 
     @rule()
     def collect(self) -> None:
@@ -184,5 +195,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.stats().num_free_blocks == self.scheduler.limits.num_blocks
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+class AheadMachine(SchedulerMachine):
+    """Batches are planned before it is known what those before them sample."""
+
+    runs_ahead = True
+
+
+for machine in (SchedulerMachine, AheadMachine):
+    machine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
+TestAheadMachine = AheadMachine.TestCase

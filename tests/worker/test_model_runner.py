@@ -168,6 +168,20 @@ def test_logits_that_are_not_numbers_spoil_one_request_only(rank: Rank) -> None:
     assert rank.step([(0, 5, 1)]).token_ids == expected[1:]
 
 
+def test_a_step_that_was_planned_before_a_row_was_spoilt_leaves_nothing_behind(rank: Rank) -> None:
+    stale = int(rank.runner._token_rows[0, 9])  # what stands where the token would, had there been one
+    for poison in (99, stale):
+        rank.served.words.weight.data[poison] = float("nan")
+    spoilt = [7, 99, 8, 9, 10, 11, 12, 13, 14]
+    blocks = {0: [7, 3, 12], 1: [5, 6]}
+    assert list(rank.step([(0, 0, 9), (1, 0, 5)], new={0: spoilt, 1: SECOND}, blocks=blocks).errors) == [0]
+    expected = greedy_by_recompute(rank.plain, SECOND, 2)
+    result = rank.step([(0, 9, 1), (1, 5, 1)])
+    assert (result.token_ids, result.errors) == ([None, expected[1]], {})
+    for layer in rank.runner._model._cache.layers:
+        assert all(part.isfinite().all() for part in layer.gather(torch.tensor(blocks[0])))
+
+
 @pytest.fixture
 def follower() -> tuple[Rank, list[list[int]]]:
     """A rank that does not sample, and the likeliest tokens by what it computed in each step."""

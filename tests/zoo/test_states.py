@@ -27,6 +27,11 @@ def test_chunked(architecture: Architecture) -> None:
         architecture.check_all(llm)
 
 
+def test_planned_ahead(architecture: Architecture) -> None:
+    with architecture.engine(async_scheduling=True, max_num_batched_tokens=7, max_num_seqs=2) as llm:
+        architecture.check_all(llm)
+
+
 def test_slots_taken_in_turns(architecture: Architecture) -> None:
     """More requests than slots: what one leaves behind must not reach the next."""
     with architecture.engine(max_num_seqs=2) as llm:

@@ -11,7 +11,7 @@ from shardwright.engine.messages import EngineInfo, EngineOutput, EngineOutputs,
 from shardwright.engine.recovery import Recovery
 from shardwright.engine.scheduler import Scheduler
 from shardwright.engine.speculation import open_speculation
-from shardwright.errors import RanksLostError
+from shardwright.errors import RanksLostError, StepFailedError
 from shardwright.worker.batch import Batch, StepResult
 
 
@@ -22,6 +22,8 @@ class Executor(Protocol):
     groups: list[CacheGroup]
     max_in_flight: int
     """Batches it can work on at the same time."""
+    runs_ahead: bool
+    """Whether a batch may compute tokens that batches in flight before it sample."""
 
     def submit(self, batch: Batch) -> None:
         """Take a batch; at most `max_in_flight` at a time.
@@ -32,7 +34,11 @@ class Executor(Protocol):
         ...
 
     def collect(self) -> StepResult:
-        """The result of the oldest batch. Raises RanksLostError; after any other error it may be asked for again."""
+        """The result of the oldest batch.
+
+        Raises: RanksLostError; StepFailedError from what a batch raised, after which all that were in flight count as
+            never submitted. After any other error the result may be asked for again.
+        """
         ...
 
     def restart(self) -> None:
@@ -67,6 +73,7 @@ class EngineCore:
                 block_size=info.block_size,
                 num_blocks=info.num_blocks,
                 max_in_flight=executor.max_in_flight,
+                runs_ahead=executor.runs_ahead,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill and info.takes_chunks,
                 enable_prefix_caching=config.cache.enable_prefix_caching and info.reuses_prefixes,
                 by_priority=config.scheduler.scheduling_policy == "priority",
@@ -115,6 +122,10 @@ class EngineCore:
                 outputs = self.scheduler.update(self.executor.collect())
         except RanksLostError as loss:
             self._recovery.recover(loss)
+        except StepFailedError as failure:
+            while self.scheduler.in_flight:
+                self.scheduler.take_back()
+            raise failure.error from None
         return EngineOutputs(outputs=outputs, stats=self.scheduler.stats())
 
     def close(self) -> None:
@@ -132,5 +143,5 @@ class EngineCore:
             except RanksLostError:
                 raise
             except BaseException:
-                self.scheduler.take_back(batch)
+                self.scheduler.take_back()
                 raise

@@ -16,6 +16,8 @@ class SchedulerLimits:
     num_blocks: int
     max_in_flight: int = 1
     """Batches that the executor works on at the same time: one per pipeline stage."""
+    runs_ahead: bool = False
+    """Whether a batch may compute tokens that batches in flight before it sample."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     by_priority: bool = False

@@ -59,6 +59,8 @@ class Request:
         self.row: int | None = None
         self.num_in_flight = 0
         """Batches in flight that it is part of."""
+        self.num_awaited_tokens = 0
+        """Tokens that those will sample, and that others after them may compute before they are known."""
         self.blocks: BlockTables | None = None
         self.guesses: Guesses | None = None
         """None until something is to be guessed."""
@@ -85,10 +87,10 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens still to be computed before the next one can be sampled. None while that one is in flight: 0, or less
-        with proposed tokens.
+        """Tokens still to be computed before the next one can be sampled. None while that one is in flight, unless it
+        is awaited: 0, or less with proposed tokens.
         """
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_awaited_tokens - self.num_computed_tokens
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -110,9 +112,15 @@ class Request:
             if token_id in (self.params.stop_token_ids or ()):
                 self.finish(FinishReason.STOP, stop_reason=token_id)
                 return
-        max_tokens = self.params.max_tokens
-        if (max_tokens is not None and self.num_output_tokens >= max_tokens) or self.num_tokens >= max_model_len:
+        if self.is_full(self.num_tokens, max_model_len=max_model_len):
             self.finish(FinishReason.LENGTH)
+
+    def is_full(self, num_tokens: int, *, max_model_len: int) -> bool:
+        """Whether it ends with so many tokens, whatever these are."""
+        max_tokens = self.params.max_tokens
+        return num_tokens >= max_model_len or (
+            max_tokens is not None and num_tokens - self.num_prompt_tokens >= max_tokens
+        )
 
     def finish(self, reason: FinishReason, *, stop_reason: int | None = None) -> None:
         """End it. What it holds is the scheduler's to release."""

@@ -12,7 +12,8 @@ Decodes may have tokens that are only proposed (engine/speculation.py) behind th
 come true are taken off again what counts as computed, and their places in the blocks are written anew.
 
 Where the executor works on several batches at a time, decodes are dealt out evenly to as many. What is in flight keeps
-its blocks: it is not preempted, and it leaves when its result is in, even if it was aborted before.
+its blocks: it is not preempted, and it leaves when its result is in, even if it was aborted before. Where batches run
+ahead of results (engine/in_flight.py), all decodes are in each batch.
 """
 
 from __future__ import annotations
@@ -139,19 +140,24 @@ class Scheduler:
                 outputs.append(output)
         return outputs
 
-    def take_back(self, batch: Batch) -> None:
-        """The batch that was scheduled last has reached no worker and will not: its sequences wait again."""
+    def take_back(self) -> None:
+        """The batch that was scheduled last has reached no worker, or to no end: its sequences wait again."""
+        batch, parts = self.in_flight.pop_newest()
         self.memory.return_freed_rows(batch.freed_rows)
         for row, token in zip(batch.sampled_rows, batch.sampled_token_ids, strict=True):
             self._sampled.setdefault(row, []).append(token)
         self._spoiled_rows += batch.spoiled_rows
-        for part in self.in_flight.pop_newest():
-            self.memory.forget_prefix(part.request)
-            if part.request.num_in_flight:  # with an earlier piece of its prompt
-                part.request.num_computed_tokens = part.start
-                self.memory.tell_again(part.request)
+        for part in parts:
+            request = part.request
+            self.memory.forget_prefix(request)
+            if request.num_in_flight:  # with what it computes before
+                request.num_computed_tokens = part.start
+                self.memory.tell_again(request)
+            elif request.is_finished:  # aborted while the batch was in flight
+                self._sampled.pop(request.held_row, None)
+                self.memory.give_back(request)
             else:
-                self._put_back(part.request)
+                self._put_back(request)
 
     def start_over(self) -> None:
         """All that workers had in memory is gone: what ran or was in flight waits again, with the tokens it has."""
@@ -195,7 +201,7 @@ class Scheduler:
 
     def _decode_share(self, num_prefills: int) -> int:
         """Most decodes of one batch, so that each batch in flight has as many."""
-        num_batches = self.limits.max_in_flight
+        num_batches = 1 if self.limits.runs_ahead else self.limits.max_in_flight
         return len(self.running) if num_batches == 1 else -(-(len(self.running) - num_prefills) // num_batches)
 
     def _launch(self, step: BatchBuilder) -> Batch:
@@ -208,10 +214,17 @@ class Scheduler:
         )
         self._sampled.clear()
         self._spoiled_rows.clear()
-        self.in_flight.push(parts)
         for part in parts:
             part.request.num_computed_tokens += part.num_tokens
+            part.is_awaited = self.limits.runs_ahead and self._goes_on(part.request)
+        self.in_flight.push(batch, parts)
         return batch
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether a sequence samples a token with what it has been given to compute, and may go on with that."""
+        num_tokens = request.num_tokens + request.num_awaited_tokens
+        is_full = request.is_full(num_tokens + 1, max_model_len=self.limits.max_model_len)
+        return request.num_computed_tokens == num_tokens and not is_full
 
     def _schedule_running(self, step: BatchBuilder, request: Request) -> None:
         num_tokens = min(request.num_pending_tokens, step.budget)

@@ -25,6 +25,7 @@ class ParallelExecutor:
     def __init__(self, config: EngineConfig, start: Callable[[], Ranks]) -> None:
         started = time.perf_counter()
         self.max_in_flight = config.parallel.pipeline_parallel_size
+        self.runs_ahead = False  # ranks that do not sample learn of tokens from the batch after
         self._config = config
         self._start = start
         self._ranks = start()

@@ -21,6 +21,7 @@ class InlineExecutor:
     """
 
     max_in_flight = 1
+    runs_ahead = False
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config

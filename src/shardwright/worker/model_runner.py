@@ -103,7 +103,8 @@ class ModelRunner:
         num_proposed = self._write_proposals(batch, rows)
         self._num_computed[rows] = num_computed + num_tokens
         ends = np.cumsum(num_tokens)
-        samples = np.flatnonzero(num_computed + num_tokens - num_proposed == self._num_known[rows])
+        num_missing = num_computed + num_tokens - num_proposed - self._num_known[rows]
+        samples = np.flatnonzero(num_missing == 0)
         wanted = ends[samples] - 1
         if batch.proposed:
             wanted = ranges(wanted - num_proposed[samples], num_proposed[samples] + 1)
@@ -122,6 +123,8 @@ class ModelRunner:
                 logits_rows=wanted,
             )
         )
+        for row in rows[num_missing > 0].tolist():  # planned before it was known that the step before gave it no token
+            self._scrub(row)
         if not self._samples:
             return None
         if scored:
