@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardwright.errors import ModelSourceError, RequestError
 from shardwright.models.tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +64,24 @@ def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
 def test_token_texts_add_up_to_the_text(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode("so it goes")
     assert "".join(tokenizer.token_text(token_id) for token_id in token_ids) == "<s>so it goes"
+
+
+@given(token_ids=st.lists(st.integers(0, 300)), skips=st.booleans())
+def test_text_is_what_transformers_says(tokenizer: Tokenizer, token_ids: list[int], skips: bool) -> None:
+    expected = tokenizer._hf.decode(token_ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+    assert tokenizer.decode(token_ids, skip_special_tokens=skips) == expected
+
+
+def test_a_class_that_decodes_in_its_own_way_is_asked(directory: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Shouting(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _decode(self, *args: Any, **options: Any) -> str:
+            return super()._decode(*args, **options).upper()
+
+    hf_tokenizer = Shouting.from_pretrained(directory)
+    tokenizer = Tokenizer(hf_tokenizer)
+    assert tokenizer.decode(tokenizer.encode("one two")) == "ONE TWO"
 
 
 def test_part_of_a_character_has_a_text_too(tokenizer: Tokenizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from shardwright.outputs import CompletionOutput, RequestOutput
+from shardwright.outputs import CompletionOutput, Logprob, RequestOutput
 
 
 class CumulativeOutput:
@@ -12,15 +12,15 @@ class CumulativeOutput:
 
     def __init__(self) -> None:
         self._last: RequestOutput | None = None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._pieces: dict[int, list[str]] = {}
         self._completions: dict[int, CompletionOutput] = {}
 
     def add(self, delta: RequestOutput) -> None:
         """Take the next delta."""
-        prompt_logprobs = delta.prompt_logprobs
-        if prompt_logprobs is None and self._last is not None:
-            prompt_logprobs = self._last.prompt_logprobs
-        self._last = dataclasses.replace(delta, prompt_logprobs=prompt_logprobs)
+        self._last = delta
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = delta.prompt_logprobs
         for new in delta.outputs:
             self._pieces.setdefault(new.index, []).append(new.text)
             known = self._completions.get(new.index)
@@ -46,7 +46,7 @@ class CumulativeOutput:
             pieces[:] = ["".join(pieces)]
             completion.text = pieces[0]
         completions = [_copy(self._completions[index]) for index in sorted(self._completions)]
-        return dataclasses.replace(self._last, outputs=completions)
+        return dataclasses.replace(self._last, outputs=completions, prompt_logprobs=self._prompt_logprobs)
 
 
 def _copy(completion: CompletionOutput) -> CompletionOutput:

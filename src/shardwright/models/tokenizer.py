@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any) -> None:
         self._hf = hf_tokenizer
+        self._decode = _decoding(hf_tokenizer)
         self._token_texts: dict[int, str] = {}
         eos = hf_tokenizer.eos_token_id
         self.eos_token_ids: list[int] = [] if eos is None else [eos]
@@ -72,10 +74,7 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character become U+FFFD. Spaces are left as the tokens have them."""
-        text: str = self._hf.decode(
-            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
+        return self._decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """Text that a token adds within a sequence, special tokens included; for log-probabilities."""
@@ -139,6 +138,21 @@ def check_unicode(text: str) -> None:
             "Unicode text: send valid UTF-8",
             param="prompt",
         ) from exc
+
+
+def _decoding(hf_tokenizer: Any) -> Callable[..., str]:
+    """What turns a list of token ids into text: the library beneath by itself, unless the class has a way of its own.
+
+    It is called for every token, and takes a third of the time that it takes through Transformers.
+    """
+    if getattr(hf_tokenizer, "is_fast", False):
+        from transformers import PreTrainedTokenizerFast as Fast
+
+        kind = type(hf_tokenizer)
+        if issubclass(kind, Fast) and (kind.decode, kind._decode) == (Fast.decode, Fast._decode):
+            decode: Callable[..., str] = hf_tokenizer.backend_tokenizer.decode
+            return decode
+    return partial(hf_tokenizer.decode, clean_up_tokenization_spaces=False)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool, revision: str | None = None) -> Tokenizer:

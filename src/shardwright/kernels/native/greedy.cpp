@@ -7,7 +7,38 @@
 namespace shardwright {
 namespace {
 
-constexpr int64_t RUN = 1024;  // numbers that are widened at once
+constexpr int64_t RUN = 1024;  // numbers that are looked at before it is asked where the largest of them is
+constexpr int CHAINS = 4;      // of vectors, which hide latency
+
+// The largest of some numbers, and whether any is not a number.
+template <typename T>
+float largest_of_run(const T* row, int64_t count, bool& is_nan) {
+    constexpr int64_t STEP = CHAINS * LANES;
+    Vector largest[CHAINS];
+    Bits not_numbers{};
+    for (Vector& own : largest) own = splat(-INFINITY);
+    int64_t i = 0;
+    for (; i + STEP <= count; i += STEP)
+        for (int c = 0; c < CHAINS; c += 2) {
+            Vector numbers[2];
+            load_two(row + i + c * LANES, numbers[0], numbers[1]);
+            for (int half = 0; half < 2; ++half) {
+                largest[c + half] = larger(numbers[half], largest[c + half]);
+                not_numbers |= (Bits)(numbers[half] != numbers[half]);
+            }
+        }
+    float lanes[STEP], result = -INFINITY;
+    for (int c = 0; c < CHAINS; ++c) put(largest[c], lanes + c * LANES);
+    for (const float lane : lanes) result = std::max(result, lane);
+    is_nan = false;
+    for (int lane = 0; lane < LANES; ++lane) is_nan |= not_numbers[lane] != 0;
+    for (; i < count; ++i) {
+        const float number = widen(row[i]);
+        is_nan |= number != number;
+        result = std::max(result, number);
+    }
+    return result;
+}
 
 // The first place of the largest number, or of what is not a number, and whether it is one.
 template <typename T>
@@ -15,19 +46,12 @@ int64_t place_of_largest(const T* row, int64_t length, bool& is_nan) {
     float largest = -INFINITY;
     int64_t best = 0;
     for (int64_t start = 0; start < length; start += RUN) {
-        const int64_t count = std::min(RUN, length - start);
-        alignas(64) float wide[RUN];
-        int32_t not_numbers = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            wide[i] = widen(row[start + i]);
-            not_numbers |= wide[i] != wide[i];
-        }
-        is_nan = not_numbers;
-        if (is_nan) return start + (std::find_if(wide, wide + count, [](float x) { return x != x; }) - wide);
-        const float own = largest_of(wide, count);
-        if (own > largest) {
-            largest = own;
-            best = start + (std::find(wide, wide + count, own) - wide);
+        const T *const own = row + start, *const end = own + std::min(RUN, length - start);
+        const float own_largest = largest_of_run(own, end - own, is_nan);
+        if (is_nan) return std::find_if(own, end, [](T bits) { return widen(bits) != widen(bits); }) - row;
+        if (own_largest > largest) {
+            largest = own_largest;
+            best = std::find_if(own, end, [=](T bits) { return widen(bits) == own_largest; }) - row;
         }
     }
     return best;

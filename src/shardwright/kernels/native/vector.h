@@ -187,6 +187,18 @@ inline float sum(Vector v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 
+// Lane by lane, a > b ? a : b.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512BW__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_max_ps(a, b);
+#else
+    for (int lane = 0; lane < LANES; ++lane) b[lane] = a[lane] > b[lane] ? a[lane] : b[lane];
+    return b;
+#endif
+}
+
 // As for one number.
 inline Bits round_half(Vector value) {
     const Bits bits = (Bits)value, nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
