@@ -7,8 +7,9 @@
 // each upper one. Behind the panels stand how far away the unpacked weight begins, where those kept apart begin for each panel, and those
 // kept apart.
 //
-// One token or two are multiplied as a panel is read, in three quarters of the time that reading all bits takes. For more it is unpacked,
-// which costs as much as multiplying one more, for some tiles at once, unless all of it is kept unpacked beside.
+// The tokens of one tile are multiplied as a panel is read, in registers: three quarters of the time that reading all bits takes, where
+// memory is what takes it. For more tiles a panel is unpacked, which costs as much as multiplying one more token, for some of them at once,
+// unless all of it is kept unpacked beside.
 
 #pragma once
 
@@ -22,8 +23,6 @@ constexpr int64_t GROUP_BYTES = GROUP * PANEL * 3 / 2;
 constexpr int64_t GROUP_LINES = (GROUP_BYTES + LINE - 1) / LINE;
 constexpr int64_t TABLE_BYTES = PANEL * 2;
 constexpr int64_t LANE = 16;           // bytes that vectors of 128 bits look up and interleave among themselves
-constexpr int MOST_STRAIGHT = 2;        // tokens that are multiplied as a panel is read
-constexpr int64_t UNPACKED_ROWS = 256;  // at once: few enough for them to stay in the nearest cache
 constexpr int64_t ELEMENTS_PER_APART = 256;  // one more that is kept apart, and the weight is not worth it
 
 // A weight that is kept apart: input feature * PANEL + output feature within its panel.
@@ -129,21 +128,18 @@ __attribute__((always_inline)) inline void unpack_group(const uint8_t* group, By
     interleave(read<Bytes>(group + 2 * PANEL), look_up(table, (Bytes)((Bits16)codes >> 4) & 15), rows[2], rows[3]);
 }
 
-// Rows [first, last) of a panel as `pack_panel` makes them; `apart` is the next that is kept apart, and moves on.
-inline void unpack_rows(const uint8_t* panel, int64_t first, int64_t last, const Apart*& apart, const Apart* end, uint16_t* rows) {
+// A panel as `pack_panel` makes it, with what is kept apart of it.
+inline void unpack_panel(const uint8_t* panel, int64_t inner, const Apart* apart, const Apart* end, uint16_t* rows) {
     const Bytes table = read<Bytes>(panel);
-    const uint8_t* group = panel + TABLE_BYTES + first / GROUP * GROUP_BYTES;
+    const uint8_t* group = panel + TABLE_BYTES;
     uint16_t* to = rows;
-    for (int64_t k = first; k < last; k += GROUP, group += GROUP_BYTES, to += GROUP * PANEL) {
+    for (int64_t k = 0; k < inner; k += GROUP, group += GROUP_BYTES, to += GROUP * PANEL) {
         Bits16 some[GROUP];
         unpack_group(group, table, some);
 #pragma GCC unroll 4
         for (int row = 0; row < GROUP; ++row) std::memcpy(to + row * PANEL, &some[row], sizeof some[row]);
     }
-    for (; apart < end && apart->place < last * PANEL; ++apart) {
-        const int64_t k = apart->place / PANEL, feature = apart->place % PANEL;
-        rows[(k - first) * PANEL + lane_of(rows, feature)] = narrow_rounded(apart->value);
-    }
+    for (; apart < end; ++apart) rows[apart->place / PANEL * PANEL + lane_of(rows, apart->place % PANEL)] = narrow_rounded(apart->value);
 }
 
 // T tokens [inner, T] by a panel, as it is read.
@@ -203,35 +199,23 @@ struct CompactProduct {
         if (tiles.count > 1) {
             thread_local std::vector<uint16_t> unpacked;
             uint16_t* const rows = at_line(unpacked, inner * PANEL);
-            if (is_first) unpack_rows(own, 0, inner, apart, end, rows);
+            if (is_first) unpack_panel(own, inner, apart, end, rows);
             return multiply_tile(tokens, rows, input, inner, sums, PANEL, part_of(ahead, inner, tiles, tile));
         }
         with_tokens(tokens, [&](auto count, auto chains) {
-            if constexpr (count <= MOST_STRAIGHT) {
-                multiply_straight<count, chains>(own, apart, end, input, inner, sums, part_of(ahead, inner / GROUP * GROUP_LINES, tiles, tile));
-            } else {
-                alignas(64) uint16_t rows[UNPACKED_ROWS * PANEL];
-                for (int64_t k = 0; k < inner; k += UNPACKED_ROWS) {
-                    const int64_t last = std::min(k + UNPACKED_ROWS, inner);
-                    unpack_rows(own, k, last, apart, end, rows);
-                    const Fetched fetched{reinterpret_cast<const char*>(own + TABLE_BYTES + last / GROUP * GROUP_BYTES), GROUP_BYTES / GROUP};
-                    if (k == 0) multiply_tile<count, chains, false>(rows, input, 0, last, sums, PANEL, fetched);
-                    else multiply_tile<count, chains, false, true>(rows, input + k * tokens, 0, last - k, sums, PANEL, fetched);
-                }
-            }
+            multiply_straight<count, chains>(own, apart, end, input, inner, sums, part_of(ahead, inner / GROUP * GROUP_LINES, tiles, tile));
         });
     }
 
 private:
-    static const uint16_t* unpacked_for(const Compact& all, int64_t tokens) { return tokens > MOST_STRAIGHT ? all.unpacked() : nullptr; }
+    static const uint16_t* unpacked_for(const Compact& all, int64_t tokens) { return tokens > TILE ? all.unpacked() : nullptr; }
 };
 
 // Unpacks a weight to so many bytes behind it, where it is read from then on; others may multiply meanwhile.
 inline void unpack(const Compact& all, int64_t distance) {
     uint16_t* const to = reinterpret_cast<uint16_t*>(all.weight + distance);
     for (int64_t p = 0; p < all.panels; ++p) {
-        const Apart* apart = all.apart(p);
-        unpack_rows(all.panel(p), 0, all.inner, apart, all.apart(p + 1), to + p * all.inner * PANEL);
+        unpack_panel(all.panel(p), all.inner, all.apart(p), all.apart(p + 1), to + p * all.inner * PANEL);
     }
     __atomic_store_n(all.offset(), distance, __ATOMIC_RELEASE);
 }

@@ -82,16 +82,16 @@ __attribute__((always_inline)) inline void put_sums(const Vector (&sums)[CHAINS]
         }
 }
 
-// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart, or ONWARD: added to those that are there. The tokens are
-// [inner, T], or IN_ROWS: rows that are `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among
-// other code the compiler runs out of registers.
-template <int T, int CHAINS, bool IN_ROWS, bool ONWARD = false, typename W>
+// T tokens by a panel, to sums [T, PANEL] whose rows are `out_stride` apart. The tokens are [inner, T], or IN_ROWS: rows that are
+// `token_stride` apart. CHAINS sums for each hide latency where there are few. Never inlined: among other code the compiler runs out of
+// registers.
+template <int T, int CHAINS, bool IN_ROWS, typename W>
 __attribute__((noinline)) void multiply_tile(const W* weight, const float* input, int64_t token_stride, int64_t inner, float* out,
                                              int64_t out_stride, Fetched fetched) {
     Vector sums[CHAINS][T][2];
     for (int c = 0; c < CHAINS; ++c)
         for (int t = 0; t < T; ++t)
-            for (int half = 0; half < 2; ++half) sums[c][t][half] = ONWARD && c == 0 ? load(out + t * out_stride + half * LANES) : splat(0.0f);
+            for (int half = 0; half < 2; ++half) sums[c][t][half] = splat(0.0f);
     const auto step = [&](int c) __attribute__((always_inline)) {
         Vector first, second;
         load_two(weight, first, second);
