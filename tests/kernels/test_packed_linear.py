@@ -188,7 +188,7 @@ def test_12_bits_give_what_16_give(tokens: int, outer: int, inner: int) -> None:
     torch.testing.assert_close(actual, packed_linear_reference(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 13, 30])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 6, 13, 30])
 def test_a_weight_may_be_kept_unpacked(tokens: int) -> None:
     outer, inner = 320, 2048
     weight, x = trained(outer, inner), torch.randn(tokens, inner)
@@ -201,7 +201,8 @@ def test_a_weight_may_be_kept_unpacked(tokens: int) -> None:
     assert torch.equal(unpacked, whole)
     assert torch.equal(packed_linear(x, packed, None, outer), expected)
     unpacked.zero_()
-    assert packed_linear(x, packed, None, outer).any() == (tokens <= 6), "the tokens of one tile read 12 bits"
+    if tokens != 6:  # of which some machines read 12 bits and some 16
+        assert packed_linear(x, packed, None, outer).any() == (tokens <= 4), "few tokens read 12 bits"
     keep_unpacked(packed, unpacked, outer, inner)
     x = torch.randn(500, inner)
     torch.testing.assert_close(

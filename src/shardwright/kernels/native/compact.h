@@ -7,9 +7,9 @@
 // each upper one. Behind the panels stand how far away the unpacked weight begins, where those kept apart begin for each panel, and those
 // kept apart.
 //
-// The tokens of one tile are multiplied as a panel is read, in registers: three quarters of the time that reading all bits takes, where
-// memory is what takes it. For more tiles a panel is unpacked, which costs as much as multiplying one more token, for some of them at once,
-// unless all of it is kept unpacked beside.
+// A few tokens are multiplied as a panel is read, unpacked in registers: three quarters of the time that reading all bits takes, where memory
+// is what takes it. For more a panel is unpacked, which costs as much as multiplying one more, for some tiles at once, unless all of it is
+// kept unpacked beside.
 
 #pragma once
 
@@ -22,8 +22,9 @@ constexpr int64_t GROUP = 4;  // input features; a weight has a multiple of it
 constexpr int64_t GROUP_BYTES = GROUP * PANEL * 3 / 2;
 constexpr int64_t GROUP_LINES = (GROUP_BYTES + LINE - 1) / LINE;
 constexpr int64_t TABLE_BYTES = PANEL * 2;
-constexpr int64_t LANE = 16;           // bytes that vectors of 128 bits look up and interleave among themselves
-constexpr int64_t ELEMENTS_PER_APART = 256;  // one more that is kept apart, and the weight is not worth it
+constexpr int64_t LANE = 16;                            // bytes that vectors of 128 bits look up and interleave among themselves
+constexpr int MOST_STRAIGHT = TILE > 6 ? TILE : 4;      // tokens that are multiplied as a panel is read: their sums leave registers for that
+constexpr int64_t ELEMENTS_PER_APART = 256;             // one more that is kept apart, and the weight is not worth it
 
 // A weight that is kept apart: input feature * PANEL + output feature within its panel.
 struct Apart {
@@ -196,19 +197,20 @@ struct CompactProduct {
         const uint8_t* const own = all.panel(panel);
         const Apart *apart = all.apart(panel), *const end = all.apart(panel + 1);
         const float* const input = inputs.data + first * inner;
-        if (tiles.count > 1) {
+        if (tiles.tokens > MOST_STRAIGHT) {
             thread_local std::vector<uint16_t> unpacked;
             uint16_t* const rows = at_line(unpacked, inner * PANEL);
             if (is_first) unpack_panel(own, inner, apart, end, rows);
             return multiply_tile(tokens, rows, input, inner, sums, PANEL, part_of(ahead, inner, tiles, tile));
         }
         with_tokens(tokens, [&](auto count, auto chains) {
-            multiply_straight<count, chains>(own, apart, end, input, inner, sums, part_of(ahead, inner / GROUP * GROUP_LINES, tiles, tile));
+            if constexpr (count <= MOST_STRAIGHT)
+                multiply_straight<count, chains>(own, apart, end, input, inner, sums, part_of(ahead, inner / GROUP * GROUP_LINES, tiles, tile));
         });
     }
 
 private:
-    static const uint16_t* unpacked_for(const Compact& all, int64_t tokens) { return tokens > TILE ? all.unpacked() : nullptr; }
+    static const uint16_t* unpacked_for(const Compact& all, int64_t tokens) { return tokens > MOST_STRAIGHT ? all.unpacked() : nullptr; }
 };
 
 // Unpacks a weight to so many bytes behind it, where it is read from then on; others may multiply meanwhile.
