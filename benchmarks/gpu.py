@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --device cpu --tiny               a smoke test: a tiny model, a few tokens
 
 Per model: the greedy tokens and the logits' differences against Hugging Face in eager mode; one request's decode step
-against the time that reading the weights takes; tokens per second of many requests at once, with graphs and without;
-and the time of each stage of a decode step. Random weights stand for models that are not here: `--shape 1b` writes the
-config of a model and lets weights be drawn at load.
+against the time that reading the weights takes; tokens per second of many requests at once, with graphs and without,
+planned ahead and not; and the time of each stage of a decode step. Random weights stand for models that are not here:
+`--shape 1b` writes the config of a model and lets weights be drawn at load.
 """
 
 from __future__ import annotations
@@ -83,6 +83,15 @@ class Decode:
     @property
     def fraction(self) -> float:
         return self.bound_ms / self.step_ms
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "graphs": {"async_scheduling": True},
+    "not ahead": {"async_scheduling": False},
+    "eager": {"enforce_eager": True},
+    "compiled": {"compile_layers": True},
+}
+"""Options of the engine, by what they show; "not ahead": with graphs, but each step planned once the last is done."""
 
 
 def write_shape(name: str, directory: Path) -> Path:
@@ -181,7 +190,7 @@ def measure(name: str, engine: dict[str, Any], sizes: Sizes, *, device: str, gb_
         else:
             path = str(resolve_model(name))
             result["correctness"] = compare(path, engine, sizes, device)
-        for label, more in (("graphs", {}), ("eager", {"enforce_eager": True}), ("compiled", {"compile_layers": True})):
+        for label, more in VARIANTS.items():
             free_memory()
             with LLM(path, **(engine | more)) as llm:
                 alone = decode_alone(llm, sizes, gb_per_s)
@@ -211,10 +220,10 @@ def show(result: dict[str, Any]) -> None:
             f"  tokens of {found['equal']} of {found['prompts']} prompts equal Hugging Face's in float32, "
             f"log-probabilities differ by {found['largest_logprob_difference']:.2g} at most"
         )
-    for label in ("graphs", "eager", "compiled"):
+    for label in VARIANTS:
         run = result[label]
         print(
-            f"  {label:9} decode step {run['step_ms']:.3f} ms, {run['fraction_of_bound']:.0%} of the bound; "
+            f"  {label:12} decode step {run['step_ms']:.3f} ms, {run['fraction_of_bound']:.0%} of the bound; "
             f"{run['requests']} requests {run['output_tokens_per_s']:,.0f} tok/s, by {run['attention_backend']} kernels"
         )
         for stage in run["stages"][:8]:
