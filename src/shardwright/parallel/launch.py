@@ -37,7 +37,7 @@ def start_executor(config: EngineConfig) -> InlineExecutor | AheadExecutor | Par
 
 def _runs_ahead(config: EngineConfig, executor: InlineExecutor) -> bool:
     """Whether steps are planned ahead. On a CPU planning takes cores from the step that runs, for which it hardly pays
-    that a request may wait a step longer (docs/performance.md).
+    that a request may wait a step longer (docs/architecture.md).
     """
     wanted = config.scheduler.async_scheduling
     by_default = executor.info.device.startswith("cuda") and config.speculative.method == "none"
